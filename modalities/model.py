@@ -59,8 +59,7 @@ class MultimodalModel(nn.Module):
         pooled = features.pooled
         head = self.heads[name]
         with torch.autocast(device_type=pooled.device.type, enabled=False):  # a unit vector in bf16 is not unit
-            z = F.linear(pooled.to(head.weight.dtype), head.weight, head.bias)
-            return F.normalize(z, dim=-1), features
+            return F.normalize(head(pooled.to(head.weight.dtype)), dim=-1), features
 
     def forward(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """By modality, unit vectors (n, D). Every tower runs, whatever is present: collectives stay in step."""
