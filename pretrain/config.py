@@ -1,0 +1,242 @@
+"""A recipe (YAML) plus overrides -> a validated Config. Nothing else reads recipe files.
+
+Every option is declared here once, with its meaning; `--help` and the error messages are made from these fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ..datasets.registry import InputError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _named(value: Any) -> Any:
+    """`objective=gram` means `objective={name: gram}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Named(Section):
+    """A registered class: its name, and its constructor's options beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(description="registered name")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+NamedOption = Annotated[Named, BeforeValidator(_named)]
+Patterns = str | list[str]
+
+
+class Data(Section):
+    train: Patterns = Field(description="shards to train on: path, glob or {000..012} range, or a list of them")
+    val: Patterns | None = Field(None, description="shards of the periodic evaluation; chooses the best checkpoint")
+    test: Patterns | None = Field(None, description="shards of the final evaluation; never used to choose anything")
+    fields: dict[str, str | list[str]] | None = Field(
+        None, description="by modality, the parts of a sample (file extensions) it is read from; default by kind"
+    )
+    decoder: str = Field("pyav", description="video decoder: pyav (planned decode) or decord")
+    workers: int = Field(2, ge=0, description="decoding processes per rank; 0 decodes in the training process")
+    corrupt_share: float = Field(
+        0.01, ge=0, le=1, description="the run stops when more than this share of the samples seen is corrupt"
+    )
+
+
+class Head(Section):
+    bias: bool = Field(False, description="give the linear head a bias")
+
+
+class Modality(Section):
+    tower: NamedOption = Field(description="tower name and its options (`trivium towers NAME`)")
+    head: Head = Field(Head(), description="linear head to the shared space")
+
+
+class Group(Section):
+    match: str = Field(description="regular expression searched in parameter names; the first group that matches wins")
+    lr_scale: float = Field(1.0, ge=0, description="multiplies train.lr")
+    weight_decay: float | None = Field(None, ge=0, description="instead of train.weight_decay")
+    frozen: bool = Field(False, description="do not train these parameters")
+
+
+class Train(Section):
+    steps: int = Field(gt=0, description="optimizer steps of the whole run")
+    batch_size: int = Field(gt=1, description="clips per step over all ranks")
+    chunk: int | None = Field(
+        None, gt=0, description="clips per forward pass of a rank: larger batches by cached embeddings (exact)"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the towers; scores are always fp32")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate (AdamW)")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas")
+    eps: float = Field(1e-6, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.01, ge=0, description="of matrices; vectors (norms, biases, temperatures) get none")
+    clip_norm: float | None = Field(1.0, gt=0, description="gradient norm limit; null turns clipping off")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    final_lr_scale: float = Field(0.0, ge=0, le=1, description="share of train.lr left at the last step")
+    groups: list[Group] = Field([], description="parameter groups by regular expression")
+
+
+class Distributed(Section):
+    zero: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto", description="DeepSpeed ZeRO stage; 0 = plain DDP; auto = 1 from two GPUs on, else 0"
+    )
+    bucket_mb: int = Field(200, gt=0, description="size of ZeRO's communication buckets in MB")
+    timeout_minutes: float = Field(30, gt=0, description="a collective that takes longer ends the job")
+
+
+class Evals(Section):
+    every: int | None = Field(None, gt=0, description="steps between evaluations on data.val; null = only at the end")
+    tasks: dict[str, dict[str, Any]] = Field({"retrieval": {}}, description="task name: its options")
+    batch_size: int = Field(64, gt=0, description="clips per forward pass of a rank")
+    best: str = Field(
+        "retrieval/text->video/cosine/R@1", description="TASK/METRIC on data.val that chooses the best checkpoint"
+    )
+
+
+class Checkpoint(Section):
+    every: int | None = Field(None, gt=0, description="steps between checkpoints; one is always written at the end")
+    minutes: float | None = Field(None, gt=0, description="minutes between checkpoints")
+    keep: int = Field(2, gt=0, description="how many of the newest stay (the best one stays besides)")
+
+
+class Log(Section):
+    every: int = Field(10, gt=0, description="steps between log lines")
+    geometry: bool = Field(True, description="log the geometry of the batch's embeddings (alignment, gap, zeta ...)")
+    wandb: bool = Field(True, description="log to Weights & Biases: offline unless WANDB_API_KEY is set")
+    project: str = Field("trivium", description="W&B project")
+
+
+class Config(Section):
+    name: str = Field(description="name of the experiment")
+    run: Path = Field(description="run directory: everything the run writes is in it")
+    seed: int = Field(0, ge=0, description="keys the order of the data and every random draw")
+    data: Data = Field(description="shards and decoding")
+    modalities: dict[str, Modality] = Field(min_length=2, description="by modality name: its tower and head")
+    dim: int = Field(512, gt=1, description="dimension of the shared embedding space")
+    objective: NamedOption = Field(description="objective name and its options (`trivium objectives NAME`)")
+    train: Train = Field(description="optimisation")
+    distributed: Distributed = Field(Distributed(), description="engine")
+    evals: Evals = Field(Evals(), description="zero-shot evaluation")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="checkpoints")
+    log: Log = Field(Log(), description="telemetry")
+    init_from: str | None = Field(
+        None, description="start from these weights: a run, a checkpoint folder or a weights file of another project"
+    )
+
+    def tree(self) -> dict[str, Any]:
+        """As plain YAML-able data; `Config.model_validate` of it gives the same Config."""
+        return self.model_dump(mode="json")
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def load(recipe: str, overrides: list[str] = ()) -> Config:
+    """The validated configuration of a recipe (a shipped name or a YAML file) with `key.subkey=value` overrides.
+
+    Raises InputError for an unknown recipe, key or value, naming the nearest known.
+    """
+    tree = _read(recipe)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error)) from None
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved configuration; as a recipe it starts the same run again."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(yaml.safe_dump(config.tree(), sort_keys=False, allow_unicode=True))
+    scratch.replace(path)
+
+
+def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    path = recipes().get(recipe, Path(recipe))
+    if not path.is_file():
+        raise InputError(f"no recipe is called {recipe!r} and no such file exists; {nearest(recipe, recipes())}")
+    if str(path) in seen:
+        raise InputError(f"recipe {recipe!r} extends itself: {' -> '.join(seen)}; remove one `extends`")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}; mend that line") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds {type(tree).__name__}, not `key: value` lines; see `trivium recipes demo`")
+    base = tree.pop("extends", None)
+    return _merge(_read(base, (*seen, str(path))), tree) if base else tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`; a registered class with another name drops the options of the former one."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        sections = isinstance(value, dict) and isinstance(old, dict)
+        renamed = sections and value.get("name", old.get("name")) != old.get("name")
+        merged[key] = _merge(old, value) if sections and not renamed else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"override {override!r} is not of the form key.subkey=value, e.g. train.lr=0.001")
+    *parents, last = path.split(".")
+    for parent in parents:
+        node = tree.setdefault(parent, {})
+        if isinstance(node, str):  # objective: gram, then objective.anchor=video
+            node = tree[parent] = {"name": node}
+        if not isinstance(node, dict):
+            raise InputError(f"override {override!r}: {parent!r} is a value, not a section; set it as {parent}=...")
+        tree = node
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"no option is called {where!r}; {nearest(path[-1], _keys(path[:-1]))}"
+    if first["type"] == "missing":
+        return f"the recipe lacks {where!r}; add it, or start from one of: {', '.join(recipes())}"
+    return f"{where}={first['input']!r}: {first['msg']}; it means: {describe().get(where, 'see --help')}"
+
+
+def _keys(path: list[str]) -> list[str]:
+    """The options of the section at `path`."""
+    prefix = "".join(f"{part}." for part in path)
+    return sorted({key[len(prefix) :].split(".")[0] for key in describe() if key.startswith(prefix)})
+
+
+def describe(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Every option by its dotted name, with its meaning and default: the text of `--help`."""
+    lines: dict[str, str] = {}
+    for key, field in section.model_fields.items():
+        default = "" if field.is_required() or isinstance(field.default, (BaseModel, list)) else f" [{field.default}]"
+        lines[prefix + key] = f"{field.description}{default}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            lines |= describe(kind, f"{prefix}{key}.")
+        elif key == "modalities":
+            lines |= describe(Modality, f"{prefix}{key}.NAME.")
+    return lines

@@ -1,0 +1,106 @@
+"""One training step: towers and objective in one module, plain or with cached embeddings."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..datasets.batch import Batch
+from ..modalities.model import MultimodalModel
+from ..objectives import Embeddings, Loss, Objective
+from .engine import Engine
+
+
+class TrainModule(nn.Module):
+    """Model and objective: the one module that is prepared, so that objectives may own parameters.
+
+    Args:
+        model, objective: what trains.
+        precision: "bf16" runs the towers under autocast; unit vectors and scores are fp32 always.
+    """
+
+    def __init__(self, model: MultimodalModel, objective: Objective, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.precision = precision
+
+    def forward(
+        self, batch: Batch, z: Mapping[str, Tensor] | None = None, *, embed_only: bool = False
+    ) -> dict[str, Tensor] | tuple[Loss, dict[str, Tensor]]:
+        """The embeddings of a batch (`embed_only`), or its Loss and its embeddings, computed here unless given."""
+        if z is None:
+            device = next(iter(batch.present.values())).device.type
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                z = self.model(batch.inputs)
+        if embed_only:
+            return dict(z)
+        loss = self.objective(Embeddings(z, batch.present, keys=batch.keys, bucket=batch.bucket))
+        # every tower takes part in every backward, also one whose modality the objective did not use this time
+        idle = sum(x.sum() for x in z.values()) * 0.0
+        return loss._replace(total=loss.total + idle), dict(z)
+
+
+def train_step(
+    engine: Engine, batch: Batch, chunk: int | None, seed: tuple[int, ...]
+) -> tuple[Loss, dict[str, Tensor]]:
+    """Accumulate the gradients of one batch. All ranks. Returns the loss and the embeddings, both detached from use.
+
+    Args:
+        chunk: clips per forward pass, or None for all at once. In chunks the gradient stays the same: the towers run
+            without gradient, the objective sees all embeddings and gives their gradients, then the towers run again
+            chunk by chunk with those (GradCache), every random draw of the first pass replayed.
+        seed: (run's seed, step, rank): every draw of this step is a function of it, so no generator need be saved.
+    """
+    if chunk is None or chunk >= len(batch):
+        seed_everything(*seed, 0)
+        with engine.pass_(last=True):
+            loss, z = engine(batch)
+            engine.backward(loss.total)
+        return loss, z
+    chunks = [batch.slice(start, start + chunk) for start in range(0, len(batch), chunk)]
+    z = _embed_without_gradient(engine, chunks, seed)
+    loss = _objective_pass(engine, batch, z, seed)
+    for index, part in enumerate(chunks):
+        seed_everything(*seed, index)
+        last = index == len(chunks) - 1
+        with engine.pass_(last=last):
+            again = engine(part, embed_only=True)
+            rows = slice(index * chunk, index * chunk + len(part))
+            # the inner product's gradient is the objective's, carried on into the towers
+            surrogate = sum((again[name] * z[name].grad[rows]).sum() for name in z)
+            engine.backward(surrogate + engine.idle_objective())
+    return loss, z
+
+
+def _embed_without_gradient(engine: Engine, chunks: list[Batch], seed: tuple[int, ...]) -> dict[str, Tensor]:
+    """All embeddings of this rank as leaves that collect the objective's gradient."""
+    parts = []
+    for index, part in enumerate(chunks):
+        seed_everything(*seed, index)
+        with torch.no_grad():
+            parts.append(engine(part, embed_only=True))
+    return {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
+
+
+def _objective_pass(engine: Engine, batch: Batch, z: dict[str, Tensor], seed: tuple[int, ...]) -> Loss:
+    """Loss of the cached embeddings; leaves d loss / d z in `z[...].grad` and accumulates the objective's own."""
+    with engine.pass_(last=False):
+        loss, _ = engine(batch, z)
+        if any(parameter.requires_grad for parameter in engine.module.objective.parameters()):
+            engine.backward(loss.total)
+        else:
+            loss.total.backward()
+    return loss
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed python, numpy and torch (all devices) with a function of the numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
