@@ -80,6 +80,18 @@ class Batch:
             skipped=self.skipped,
         )
 
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU run beside its work."""
+        return Batch(
+            keys=self.keys,
+            position=self.position,
+            inputs={name: {key: x.pin_memory() for key, x in parts.items()} for name, parts in self.inputs.items()},
+            present={name: x.pin_memory() for name, x in self.present.items()},
+            bucket=None if self.bucket is None else self.bucket.pin_memory(),
+            captions=self.captions,
+            skipped=self.skipped,
+        )
+
     def slice(self, start: int, stop: int) -> Batch:
         """Rows start..stop as a batch, for towers that run in chunks."""
         return Batch(

@@ -8,12 +8,20 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
 Class = TypeVar("Class", bound=type)
+
+# A checkout's root is no place to import from, but `python -m` puts it on sys.path when it is the current folder. Other
+# libraries would then find our folder `datasets` where they look for Hugging Face's package of that name: transformers
+# asks only whether it can be found. (In an installed wheel this names site-packages/trivium, which is never there.)
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != _ROOT]
 
 
 class InputError(ValueError):
@@ -125,3 +133,6 @@ class Registry:
                 importlib.import_module(f"{self.package}.{module.name}")
         for entry in entry_points(group=self.package):
             self.register(entry.name)(entry.load())
+
+
+SOURCES = Registry("source", "trivium.datasets")

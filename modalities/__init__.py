@@ -5,13 +5,14 @@ A tower is an `nn.Module` with
 - `spec`: the InputSpec (below) of what it eats; it is picklable, so that data workers decode and tokenise by it;
 - `width`: the width d of its pooled features;
 - `options`: constructor options that rebuild the tower anywhere (a tokenizer's path replaced by its contents);
-- `forward(**inputs) -> Features`, called with the tensors that a decoder of `spec.kind` makes.
+- `forward(**inputs) -> Features`, called with the tensors that a decoder of `spec.kind` makes;
+- `translate`, if other projects publish weights for it: from the names in their files to its own (see weights.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,9 +22,11 @@ TOWERS = Registry("tower", "trivium.modalities")
 register = TOWERS.register
 
 
-@dataclass(frozen=True)
-class Features:
-    """What a tower returns: `pooled` (n, d) and, where there are any, `tokens` (n, S, d)."""
+class Features(NamedTuple):
+    """What a tower returns: `pooled` (n, d) and, where there are any, `tokens` (n, S, d).
+
+    A tuple, because ZeRO-3 hangs its backward hooks on the tensors of tuples and dicts only.
+    """
 
     pooled: Tensor
     tokens: Tensor | None = None

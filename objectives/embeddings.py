@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..datasets.registry import InputError, nearest
 from . import gather
 
 
-@dataclass(frozen=True)
-class Loss:
-    """An objective's answer.
+class Loss(NamedTuple):
+    """An objective's answer. A tuple, because ZeRO-3 hangs its backward hooks on the tensors of tuples and dicts only.
 
     Attributes:
         total: scalar, this rank's share: the mean of `total` over ranks is the global loss.
@@ -22,8 +22,8 @@ class Loss:
     """
 
     total: Tensor
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor]
+    parts: dict[str, Tensor]
 
 
 class Embeddings:
@@ -34,7 +34,7 @@ class Embeddings:
 
     Attributes:
         names: the modalities, in the recipe's order; the same on every rank.
-        z: by modality, float32 or float64 (n, D), unit length; rows with `valid` False hold anything finite.
+        z: by modality, float32 or float64 (n, D), unit length; rows with `valid` False are zeros, whatever came in.
         valid: by modality, bool (n,): the sample has this modality.
         rows: int64 (n,), index of each row in the global batch.
         keys: n sample keys, or empty.
@@ -49,12 +49,12 @@ class Embeddings:
         keys: tuple[str, ...] = (),
         bucket: Tensor | None = None,
     ) -> None:
-        self.z = dict(z)
-        self.names = tuple(self.z)
-        first = next(iter(self.z.values()))
+        self.names = tuple(z)
+        first = z[self.names[0]]
         n, device = first.shape[0], first.device
         everything = torch.ones(n, dtype=torch.bool, device=device)
         self.valid = {name: everything if valid is None else valid[name].to(device) for name in self.names}
+        self.z = {name: _scorable(x).masked_fill(~self.valid[name][:, None], 0) for name, x in z.items()}
         self.rows = gather.rank() * n + torch.arange(n, device=device)
         self.keys = keys
         self.bucket = bucket
@@ -73,6 +73,10 @@ class Embeddings:
             self._columns_valid[name] = gather.gather_rows(self.valid[name])
         return self._columns_valid[name]
 
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows x (n, ...) of all ranks, (N, ...); differentiable for every rank's rows."""
+        return gather.gather_rows(x)
+
     def all_sum(self, x: Tensor) -> Tensor:
         """Elementwise sum over ranks, differentiable."""
         return gather.all_sum(x)
@@ -82,14 +86,19 @@ class Embeddings:
         return gather.all_max(x)
 
     def mean(self, values: Tensor, mask: Tensor) -> Tensor:
-        """This rank's share of the global mean of `values` (n,) over the rows where `mask` (n,) holds.
+        """This rank's share of the global mean of `values` over the entries where `mask`, of the same shape, holds.
 
-        The mean of the shares over ranks is the mean over all masked rows of the global batch, whatever their number
-        on each rank; 0 (with a gradient of 0) where no row is left. Masked-out values never enter, not even as NaN.
+        The mean of the shares over ranks is the mean over all such entries of the global batch, whatever their
+        number on each rank; 0 (with a gradient of 0) where there is none. Others never enter, not even as NaN.
         """
         local_sum = torch.where(mask, values, torch.zeros_like(values)).sum()
         count = gather.all_sum(mask.sum().to(values.dtype))
         return gather.world_size() * local_sum / count.clamp_min(1)
+
+
+def _scorable(x: Tensor) -> Tensor:
+    """Half precision is too coarse for scores divided by a temperature."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Objective(nn.Module):
@@ -97,8 +106,21 @@ class Objective(nn.Module):
 
     needs: frozenset[str] = frozenset()
 
+    def check(self, names: tuple[str, ...]) -> None:
+        """Raise InputError where the options do not fit a model with these modalities. Called before the first step."""
+
     def forward(self, z: Embeddings) -> Loss:
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
         """Called after each optimizer step with the share of the run done, 0 to 1: EMA targets and queues."""
+
+
+def split_anchor(names: tuple[str, ...], anchor: str | None) -> tuple[str, list[str]]:
+    """The anchor, by default the first modality, and the others. InputError when it or the others do not exist."""
+    if len(names) < 2:
+        raise InputError(f"this objective compares modalities, but the model has only {names[0]!r}; add another")
+    if anchor is not None and anchor not in names:
+        raise InputError(f"anchor={anchor!r} is no modality of this model; {nearest(anchor, names)}")
+    anchor = anchor or names[0]
+    return anchor, [name for name in names if name != anchor]

@@ -32,27 +32,27 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
         n = gradient.shape[0] // world_size()
         if dist.get_backend() == "gloo":  # has no reduce-scatter
-            dist.all_reduce(gradient)  # all ranks
-            return gradient.narrow(0, rank() * n, n).clone()
+            everywhere = gradient.clone(memory_format=torch.contiguous_format)  # autograd may use `gradient` again
+            dist.all_reduce(everywhere)  # all ranks
+            return everywhere.narrow(0, rank() * n, n).clone()
         out = gradient.new_empty((n, *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(out, gradient)  # all ranks
+        dist.reduce_scatter_tensor(out, gradient.contiguous())  # all ranks
         return out
 
 
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        out = x.clone()
+        out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out)  # all ranks
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
-        out = gradient.clone()
+        out = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out)  # all ranks
         return out
 
@@ -73,7 +73,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 def all_max(x: Tensor) -> Tensor:
     """Maximum of x over ranks, elementwise; not differentiable."""
-    out = x.detach().clone()
+    out = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
         dist.all_reduce(out, op=dist.ReduceOp.MAX)  # all ranks
     return out

@@ -1,0 +1,220 @@
+"""One sample's parts and a tower's spec -> the tower's input tensors.
+
+A spec is known by its `kind` alone ("frames", "fbank", "tokens"), so that this folder knows no tower. Every random
+choice comes from the generator that is handed in; without one the choice is the middle, or the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .media import AUDIO_EXTENSIONS, VIDEO_DECODERS, VIDEO_EXTENSIONS, CorruptSample, read_audio
+from .registry import InputError, nearest
+from .shards import AUDIO, CAPTIONS, VIDEO, read_captions
+
+CROP_AREA = (0.8, 1.0)  # of the largest square, in training
+
+Inputs = dict[str, Tensor]
+Random = np.random.Generator | None
+
+
+class Decoder(NamedTuple):
+    """How one kind of spec is made.
+
+    Attributes:
+        fields: the parts it is read from unless the recipe names others; the first that a sample has is used.
+        flag: what the index must say of such a part for it to be worth reading.
+        read: the first part found (name and bytes), spec, generator, video decoder -> inputs, or None when it has none.
+        empty: spec -> the inputs of a sample that lacks the modality.
+    """
+
+    fields: tuple[str, ...]
+    flag: int
+    read: Callable[[str, bytes, Any, Random, str], Inputs | None]
+    empty: Callable[[Any], Inputs]
+
+
+def decode(
+    parts: dict[str, bytes],
+    spec: Any,
+    *,
+    fields: tuple[str, ...] | None = None,
+    rng: Random = None,
+    video_decoder: str = "pyav",
+) -> Inputs | None:
+    """The keyword arguments of a tower's forward for one sample, without the batch axis; None when it lacks them.
+
+    Args:
+        parts: the sample's files by name ("mp4", "json").
+        spec: the tower's spec.
+        fields: the parts to look in, in order; None: the usual ones of the spec's kind.
+        rng: draws frames, crop, slices and caption; None for evaluation: middle frames and slices, centre crop, first
+            caption.
+        video_decoder: "pyav" or "decord".
+
+    Raises CorruptSample when a part is there and broken.
+    """
+    decoder = decoder_of(spec)
+    for name in fields or decoder.fields:
+        if name in parts:
+            inputs = decoder.read(name, parts[name], spec, rng, video_decoder)
+            if inputs is not None:
+                return inputs
+    return None
+
+
+def decoder_of(spec: Any) -> Decoder:
+    """The decoder of a spec's kind. Raises InputError when there is none."""
+    if spec.kind not in DECODERS:
+        raise InputError(f"nothing decodes inputs of kind {spec.kind!r}; {nearest(spec.kind, DECODERS)}")
+    return DECODERS[spec.kind]
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
+
+
+def chunk_indices(count: int, chunks: int, rng: Random) -> list[int]:
+    """One index of each of `chunks` consecutive, near-equal parts of range(count), the first parts longer by one.
+
+    With `rng` any element of the part, without the lower middle one. Fewer elements than parts: the last one repeats.
+    """
+    if count < chunks:
+        return [*range(count), *[count - 1] * (chunks - count)]
+    whole, rest = divmod(count, chunks)
+    sizes = np.full(chunks, whole) + (np.arange(chunks) < rest)
+    starts = np.cumsum(sizes) - sizes
+    offsets = (sizes + 1) // 2 - 1 if rng is None else rng.integers(sizes)
+    return (starts + offsets).tolist()
+
+
+def _read_frames(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str) -> Inputs | None:
+    frames = VIDEO_DECODERS[video_decoder](data, lambda count: chunk_indices(count, spec.frames, rng))
+    if frames is None:
+        return None
+    crop = None if rng is None else tuple(rng.uniform(size=3).tolist())
+    return {"frames": torch.stack([_fit(frame, spec.size, crop) for frame in frames])}
+
+
+def _fit(frame: np.ndarray, size: int, crop: tuple[float, float, float] | None) -> Tensor:
+    """A frame (H, W, 3) as uint8 (3, size, size), without changing its proportions.
+
+    Args:
+        crop: None for the whole shorter side and the centre of the longer one, pixels untouched if that is already the
+            size; else three numbers in [0, 1) that choose a square of 80 to 100 % of that area, and where it lies.
+    """
+    height, width = frame.shape[:2]
+    side = full = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    if crop is not None:
+        area, down, right = crop
+        low, high = CROP_AREA
+        side = max(1, round(full * (low + (high - low) * area) ** 0.5))
+        top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
+    square = torch.from_numpy(frame[top : top + side, left : left + side]).permute(2, 0, 1)
+    if side == size:
+        return square.contiguous()
+    return F.interpolate(square[None], (size, size), mode="bilinear", antialias=True)[0].contiguous()
+
+
+def _empty_frames(spec: Any) -> Inputs:
+    return {"frames": torch.zeros(spec.frames, 3, spec.size, spec.size, dtype=torch.uint8)}
+
+
+# -- filter banks -----------------------------------------------------------------------------------------------------
+
+
+def _read_fbank(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str) -> Inputs | None:
+    waveform = read_audio(data, spec.sample_rate_hz)
+    if waveform is None or not len(waveform):
+        return None
+    samples = torch.from_numpy(waveform)
+    shift = round(spec.sample_rate_hz * spec.frame_shift_ms / 1000)
+    window = round(spec.sample_rate_hz * spec.frame_length_ms / 1000)
+    frames = max(1, 1 + (len(samples) - window) // shift)
+    samples = F.pad(samples, (0, max(0, window - len(samples))))
+    fbank = torch.zeros(spec.clips, spec.length, spec.mel_bins)
+    for clip, (start, stop) in enumerate(_slices(frames, spec.clips, spec.length, rng)):
+        if stop > start:  # frames are cut as samples: each frame depends on its own window alone
+            piece = samples[start * shift : (stop - 1) * shift + window]
+            fbank[clip, : stop - start] = (_kaldi(piece, spec) - spec.mean) / (2 * spec.std)
+    return {"fbank": fbank}
+
+
+def _slices(frames: int, clips: int, length: int, rng: Random) -> list[tuple[int, int]]:
+    """Where each clip lies: range(frames) in `clips` near-equal parts, of each `length` frames (all, if it has fewer)
+    at a random place or in the middle."""
+    edges = [frames * i // clips for i in range(clips + 1)]
+    slices = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        spare = max(0, stop - start - length)
+        start += spare // 2 if rng is None else int(rng.integers(spare + 1))
+        slices.append((start, min(stop, start + length)))
+    return slices
+
+
+def _kaldi(waveform: Tensor, spec: Any) -> Tensor:
+    """Log-mel filter banks (frames, mel_bins) of mono samples in [-1, 1]."""
+    from torchaudio.compliance import kaldi
+
+    return kaldi.fbank(
+        waveform[None] * 2**15,
+        num_mel_bins=spec.mel_bins,
+        sample_frequency=spec.sample_rate_hz,
+        frame_length=spec.frame_length_ms,
+        frame_shift=spec.frame_shift_ms,
+        dither=0.0,
+    )
+
+
+def _empty_fbank(spec: Any) -> Inputs:
+    return {"fbank": torch.zeros(spec.clips, spec.length, spec.mel_bins)}
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _read_tokens(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str) -> Inputs | None:
+    captions = read_captions({name: data})
+    if not captions:
+        return None
+    return tokenize(captions[0 if rng is None else int(rng.integers(len(captions)))], spec)
+
+
+def tokenize(text: str, spec: Any) -> Inputs:
+    """`ids` and `mask` int64 (max_tokens,) of one text."""
+    encoding = _tokenizer(spec.tokenizer, spec.max_tokens).encode(text)
+    return {"ids": torch.tensor(encoding.ids), "mask": torch.tensor(encoding.attention_mask)}
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(serialised: str, max_tokens: int):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(serialised)
+    pad = tokenizer.padding or {}
+    token = pad.get("pad_token") or next((t for t in ("[PAD]", "<pad>") if tokenizer.token_to_id(t) is not None), None)
+    if token is None:
+        raise InputError("the tokenizer has no padding token ([PAD] or <pad>); add one to its vocabulary")
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.enable_padding(length=max_tokens, pad_token=token, pad_id=tokenizer.token_to_id(token))
+    return tokenizer
+
+
+def _empty_tokens(spec: Any) -> Inputs:
+    ids, mask = torch.zeros(2, spec.max_tokens, dtype=torch.int64)
+    mask[0] = 1  # attention over no token at all is not a number, and spreads by way of its gradient
+    return {"ids": ids, "mask": mask}
+
+
+DECODERS = {
+    "frames": Decoder(VIDEO_EXTENSIONS, VIDEO, _read_frames, _empty_frames),
+    "fbank": Decoder(AUDIO_EXTENSIONS + VIDEO_EXTENSIONS, AUDIO, _read_fbank, _empty_fbank),
+    "tokens": Decoder(("json", "txt"), CAPTIONS, _read_tokens, _empty_tokens),
+}

@@ -1,0 +1,297 @@
+"""Media bytes -> frames and waveform, by PyAV (FFmpeg's libraries, bundled in its wheel).
+
+Frames are decoded by plan. The container is demuxed first, which is cheap and gives the exact table of presentation
+times; then only the groups of pictures that hold a wanted frame are decoded, each only up to its last wanted frame, and
+in between only the pictures that others refer to. The frames equal those of a full decode bit for bit.
+
+Broken media raises `CorruptSample`. FFmpeg itself is silent about much of what is missing (a file cut short gives fewer
+frames, or less sound), so completeness is checked here: packets against the header's index, sound against its duration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi")
+AUDIO_EXTENSIONS = ("wav", "flac", "m4a", "mp3", "ogg", "opus", "aac")
+
+# One packet is one shown frame. Not so e.g. in VP8 with its hidden alternate references: those are decoded in full.
+PLANNED_CODECS = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mpeg4", "mpeg2video", "mjpeg"})
+# "Not a reference" is a promise about every later picture. In HEVC it is one about the same temporal layer only.
+SKIPPABLE_CODECS = frozenset({"h264", "mpeg4", "mpeg2video"})
+# Headers of these state no duration: FFmpeg guesses one from the bit rate.
+GUESSED_DURATION = frozenset({"mp3", "aac"})
+SHORT = 0.02  # the share of the promised duration that may be missing
+
+Choice = Callable[[int], Sequence[int]]  # number of frames -> the wanted ones, in the order they are wanted
+
+
+class CorruptSample(Exception):
+    """A sample whose bytes cannot be turned into what its headers promise; the message says how."""
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a container's header says: does it hold moving pictures, sound, how many frames (0: unknown), how long."""
+
+    video: bool
+    audio: bool
+    frames: int
+    seconds: float
+
+
+def probe(data: bytes) -> MediaInfo:
+    """The header of `data`. Raises CorruptSample when there is none."""
+    with _open(data) as container:
+        video = _video_stream(container)
+        return MediaInfo(
+            video=video is not None,
+            audio=bool(container.streams.audio),
+            frames=video.frames if video is not None else 0,
+            seconds=(container.duration or 0) / 1e6,
+        )
+
+
+def read_frames(data: bytes, choose: Choice) -> list[np.ndarray] | None:
+    """The chosen frames of the first video stream: RGB uint8 (H, W, 3) each; None when there is no such stream.
+
+    Args:
+        data: a whole media file.
+        choose: gets the number of frames, in order of presentation and without those that an edit list cuts away,
+            and returns the wanted indices (repeats allowed).
+    """
+    with _open(data) as container:
+        stream = _video_stream(container)
+        if stream is None:
+            return None
+        stream.codec_context.thread_count = 1  # workers are the parallelism, and skipping is per packet only then
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        _check_packets(container, stream, packets, len(data))
+        shown = sorted(packet.pts for packet in packets if packet.pts is not None and not packet.is_discard)
+        planned = stream.codec_context.name in PLANNED_CODECS and len(set(shown)) == len(shown)
+        if planned and not any(packet.pts is None for packet in packets):
+            if not shown:
+                raise CorruptSample("the video stream holds no frame")
+            times = [shown[index] for index in choose(len(shown))]
+            frames = _decode_planned(stream.codec_context, packets, set(times))
+            _require(len(frames) == len(set(times)), f"only {len(frames)} of {len(set(times))} wanted frames decode")
+            return [frames[time] for time in times]
+    return _read_frames_in_full(data, choose)
+
+
+def read_frames_decord(data: bytes, choose: Choice) -> list[np.ndarray] | None:
+    """`read_frames` by decord. It decodes ordinary files alike; of damaged ones it tells less."""
+    import decord
+
+    if not probe(data).video:
+        return None
+    try:
+        reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
+        return list(reader.get_batch(list(choose(len(reader)))).asnumpy())
+    except (decord.DECORDError, RuntimeError) as error:
+        raise CorruptSample(f"decord: {_one_line(error)}") from None
+
+
+VIDEO_DECODERS = {"pyav": read_frames, "decord": read_frames_decord}
+
+
+def read_audio(data: bytes, sample_rate_hz: int) -> np.ndarray | None:
+    """The first audio stream as mono float32 (samples,) in [-1, 1] at `sample_rate_hz`; None when there is none.
+
+    Channels are averaged.
+    """
+    with _open(data) as container:
+        if not container.streams.audio:
+            return None
+        stream = container.streams.audio[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        _check_packets(container, stream, packets, len(data))
+        frames = [frame for packet in [*packets, None] for frame in stream.codec_context.decode(packet)]
+        if not frames:
+            _require(not packets, "the audio stream does not decode")
+            return None  # a track that is declared, and empty
+        rates = {frame.sample_rate for frame in frames}
+        _require(len(rates) == 1, f"the audio changes its sample rate: {sorted(rates)} Hz")
+        waveform = np.concatenate([_mono(frame) for frame in frames])
+        longest = max(frame.samples for frame in frames)
+        promised = float(sum(p.duration or 0 for p in packets if not p.is_discard) * stream.time_base) * frames[0].rate
+        _require(
+            len(waveform) >= promised * (1 - SHORT) - 2 * longest,
+            f"the audio decodes to {len(waveform)} of {promised:.0f} samples",
+        )
+    return _resample(waveform, rates.pop(), sample_rate_hz)
+
+
+# -- the container ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _open(data: bytes) -> Iterator:
+    """An open container. Whatever FFmpeg raises inside the block becomes CorruptSample."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
+            yield container
+    except av.FFmpegError as error:
+        raise CorruptSample(f"{type(error).__name__}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise CorruptSample(reason)
+
+
+def _video_stream(container):
+    """The first video stream that is not the cover picture of a piece of music."""
+    from av.stream import Disposition
+
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            return stream
+    return None
+
+
+def _check_packets(container, stream, packets: list, size: int) -> None:
+    """Are all packets there that the header promises?"""
+    kind = stream.type
+    if "mp4" in container.format.name:  # its index is complete; with an edit list `stream.frames` counts cut ones too
+        index = stream.index_entries
+        end = max((entry.pos + entry.size for entry in index), default=0)
+        _require(end <= size, f"cut short: its {kind} needs {end} bytes and there are {size}")
+        _require(len(packets) >= len(index), f"holds {len(packets)} of {len(index)} {kind} packets")
+        return
+    promised = _promised_seconds(container, stream)
+    if promised is None or not packets:
+        return
+    times = [(p.pts, p.duration or 0) for p in packets if p.pts is not None]
+    if times:
+        start, end = min(pts for pts, _ in times), max(pts + duration for pts, duration in times)
+        got, slack = float((end - start) * stream.time_base), 2 * float(max(d for _, d in times) * stream.time_base)
+        _require(got >= promised * (1 - SHORT) - slack, f"holds {got:.2f} of {promised:.2f} s of {kind}")
+
+
+def _promised_seconds(container, stream) -> float | None:
+    """The stream's duration as its header states it, if it does."""
+    if container.format.name in GUESSED_DURATION:
+        return None
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    if (tag := stream.metadata.get("DURATION", "")).count(":") == 2:  # Matroska
+        hours, minutes, seconds = tag.split(":")
+        return float(hours) * 3600 + float(minutes) * 60 + float(seconds)
+    alone = len(container.streams.video) + len(container.streams.audio) == 1
+    return container.duration / 1e6 if alone and container.duration is not None else None
+
+
+# -- video ------------------------------------------------------------------------------------------------------------
+
+
+def _decode_planned(context, packets: list, wanted: set[int]) -> dict[int, np.ndarray]:
+    """By presentation time, the wanted frames."""
+    to_rgb = _RGB()
+    skippable = context.name in SKIPPABLE_CODECS
+    found: dict[int, np.ndarray] = {}
+    for start, stop in _ranges(packets, wanted):
+        for packet in packets[start:stop]:
+            if skippable:
+                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            for frame in context.decode(packet):
+                if frame.pts in wanted:
+                    found[frame.pts] = to_rgb(frame)
+        for frame in context.decode(None):  # those that wait for reordering
+            if frame.pts in wanted:
+                found[frame.pts] = to_rgb(frame)
+        context.flush_buffers()
+    return found
+
+
+def _ranges(packets: list, wanted: set[int]) -> list[tuple[int, int]]:
+    """Ranges of packets, in decoding order, that must be decoded to get the wanted frames.
+
+    A group starts at a key packet. Pictures behind it in decoding order but before it in presentation order (an open
+    group) refer to the group before, which is then needed too.
+    """
+    starts = [i for i, packet in enumerate(packets) if packet.is_keyframe or i == 0]
+    ranges: list[tuple[int, int]] = []
+    for start, end in zip(starts, [*starts[1:], len(packets)], strict=True):
+        hits = [i for i in range(start, end) if packets[i].pts in wanted]
+        if not hits:
+            continue
+        stop = hits[-1] + 1
+        if any(packets[i].pts < packets[start].pts for i in hits) and start > 0:
+            start = starts[starts.index(start) - 1]
+        if ranges and start <= ranges[-1][1]:
+            start = ranges.pop()[0]
+        ranges.append((start, stop))
+    return ranges
+
+
+def _read_frames_in_full(data: bytes, choose: Choice) -> list[np.ndarray]:
+    """Two passes over all frames: count, then pick. For what cannot be planned."""
+    with _open(data) as container:
+        count = sum(1 for _ in container.decode(_single_threaded(container)))
+    _require(count > 0, "the video stream holds no frame")
+    wanted = list(choose(count))
+    to_rgb, found = _RGB(), {}
+    with _open(data) as container:
+        for index, frame in enumerate(container.decode(_single_threaded(container))):
+            if index in wanted:
+                found[index] = to_rgb(frame)
+    return [found[index] for index in wanted]
+
+
+def _single_threaded(container):
+    stream = _video_stream(container)
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+class _RGB:
+    """Frame -> RGB uint8 (H, W, 3), upright, at its own size. One converter serves all frames of a clip."""
+
+    def __init__(self) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame) -> np.ndarray:
+        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        quarter_turns = round(frame.rotation / 90) % 4
+        return np.ascontiguousarray(np.rot90(rgb, quarter_turns)) if quarter_turns else rgb
+
+
+# -- audio ------------------------------------------------------------------------------------------------------------
+
+
+def _mono(frame) -> np.ndarray:
+    """An audio frame's mean over channels, float32 (samples,) in [-1, 1]."""
+    samples = frame.to_ndarray()
+    channels = frame.layout.nb_channels
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, channels).T
+    if samples.dtype == np.uint8:
+        samples = (samples.astype(np.float32) - 128) / 128
+    elif samples.dtype.kind == "i":
+        samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+    return samples.mean(axis=0, dtype=np.float32)
+
+
+def _resample(waveform: np.ndarray, source_hz: int, target_hz: int) -> np.ndarray:
+    if source_hz == target_hz:
+        return waveform
+    import av
+
+    frame = av.AudioFrame.from_ndarray(waveform[None], format="flt", layout="mono")
+    frame.sample_rate = source_hz
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=target_hz)
+    return np.concatenate([piece.to_ndarray()[0] for piece in [*resampler.resample(frame), *resampler.resample(None)]])

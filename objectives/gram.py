@@ -1,0 +1,186 @@
+"""GRAM: the volume spanned by one sample's unit vectors as the score of a contrastive loss.
+
+The volume of vectors l, z^1 .. z^K is sqrt(det G), G their Gram matrix. Subtracting z^1 from the other vectors leaves
+the determinant as it is and everything in it small where the vectors agree, so nothing cancels. With the basis
+b^1 = z^1, b^k = z^k - z^1 and e = l - z^1,
+
+    V² = |e|² D - h' A h,   h_k = e . b^k,   D = det B,   A = adj B,   B_km = b^k . b^m,
+
+and D and A depend on the tuple z alone: N tuples need N small determinants, not N² of them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..datasets.registry import InputError
+from . import register
+from .embeddings import Embeddings, Loss, Objective, split_anchor
+from .matching import checked_smoothing, match_both_ways
+from .temperature import Temperature
+from .tiled import Inputs, full_precision
+
+# n anchors (rows), N tuples (columns), K members of a tuple, M = K + 1 vectors, D width, t and u the sides of a tile
+EPSILON = 1e-24  # smallest V² under the root, whose slope at 0 is infinite
+MOST_MODALITIES = 6  # cofactor expansion grows with K!
+
+
+@register("gram")
+class Gram(Objective):
+    """Contrastive loss on the volume of anchor and tuple: small where the modalities of a sample agree.
+
+    L = 1/2 mean_i CE(softmax_j(-V_ij / tau), i) + 1/2 mean_j CE(softmax_i(-V_ij / tau), j),
+
+    V_ij the volume spanned by the anchor vector of sample i and all other modalities of sample j. Cicchetti et al.,
+    "Gramian Multimodal Representation Learning and Alignment" (2024). 2 to 6 modalities. A sample that lacks one of
+    the others is no candidate tuple; one that also has the anchor counts in the mean only if it has everything.
+
+    The volume does not change when a vector changes its sign, so cosines between modalities may come out negative.
+
+    Args:
+        anchor: the modality that is matched against the tuple of all others; the first of the model by default.
+        temperature: tau at the start.
+        learnable_temperature: whether tau is trained.
+        temperature_range: smallest and largest tau in use.
+        label_smoothing: share of the target spread evenly over all candidates, in [0, 1).
+        compat: "gram" gives the gradients of the authors' released code, in which the gathered side is a constant:
+            anchors learn from the first half of the loss only, the others from the second only.
+        tile: side of the score tiles in memory; the loss does not depend on it.
+    """
+
+    def __init__(
+        self,
+        *,
+        anchor: str | None = None,
+        temperature: float = 0.07,
+        learnable_temperature: bool = True,
+        temperature_range: tuple[float, float] = (0.01, 1.0),
+        label_smoothing: float = 0.1,
+        compat: Literal["gram"] | None = None,
+        tile: int = 2048,
+    ) -> None:
+        super().__init__()
+        self.anchor = anchor
+        self.temperature = Temperature(temperature, learnable=learnable_temperature, bounds=temperature_range)
+        self.label_smoothing = checked_smoothing(label_smoothing)
+        self.compat = compat
+        self.tile = tile
+
+    def check(self, names: tuple[str, ...]) -> None:
+        split_anchor(names, self.anchor)
+        if len(names) > MOST_MODALITIES:
+            raise InputError(f"gram takes up to {MOST_MODALITIES} modalities, the model has {len(names)}; drop some")
+
+    def forward(self, z: Embeddings) -> Loss:
+        anchor, others = split_anchor(z.names, self.anchor)
+        scale = self.temperature(z.z[anchor])
+        local, own = z.z[anchor], torch.stack([z.z[name] for name in others], dim=-2)
+        tuples = torch.stack([z.columns(name) for name in others], dim=-2)
+        if self.compat is None:
+            there, back = self._match(z, anchor, others, scale, local, own, tuples)
+        else:
+            there, _ = self._match(z, anchor, others, scale, local, own.detach(), tuples.detach())
+            _, back = self._match(z, anchor, others, scale, local.detach(), own, tuples)
+        whole = torch.stack([z.valid[name] for name in z.names]).all(0)
+        volume = gram_volume(torch.cat([local[:, None], own], dim=-2).detach())
+        parts = {f"{anchor}-tuple": there.detach(), f"tuple-{anchor}": back.detach(), "volume": z.mean(volume, whole)}
+        parts["temperature"] = 1 / scale.detach().squeeze()
+        terms = {f"{anchor}-tuple": there / 2, f"tuple-{anchor}": back / 2}
+        return Loss(sum(terms.values()), terms, parts)
+
+    def _match(
+        self, z: Embeddings, anchor: str, others: list[str], scale: Tensor, local: Tensor, own: Tensor, tuples: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The losses anchor -> tuple and back, of anchors (n, D), their own tuples (n, K, D) and all (N, K, D)."""
+        return match_both_ways(
+            z,
+            volume_score,
+            anchor_inputs(local),
+            tuple_inputs(tuples),
+            (scale,),
+            positive=-scale * gram_volume(torch.cat([local[:, None], own], dim=-2)),
+            row_mask=z.valid[anchor],
+            column_mask=torch.stack([z.columns_valid(name) for name in others]).all(0),
+            both=torch.stack([z.valid[name] for name in z.names]).all(0),
+            label_smoothing=self.label_smoothing,
+            tile=self.tile,
+        )
+
+
+def gram_volume(vectors: Tensor) -> Tensor:
+    """Volume (...) spanned by the M vectors of each tuple (..., M, D): 0 if dependent, 1 if orthonormal.
+
+    In float32 (float64 stays); at least 1e-12, so that the gradient is finite where the vectors agree.
+    """
+    x = vectors if vectors.dtype == torch.float64 else vectors.float()
+    anchor, members = x[..., 0, :], x[..., 1:, :]
+    if members.shape[-2] == 0:
+        return anchor.norm(dim=-1)
+    basis, _, determinant, adjugate = tuple_inputs(members)
+    edge = anchor - members[..., 0, :]
+    products = [(edge * basis[..., k, :]).sum(-1) for k in range(basis.shape[-2])]
+    return _root(edge.square().sum(-1), products, determinant, adjugate)
+
+
+def volume_scores(anchor: Tensor, others: list[Tensor]) -> Tensor:
+    """Volumes (n, N) of every anchor (n, D) with every tuple, one (N, D) per member: the smaller, the better the match.
+
+    Not tiled: hand it as many anchors at a time as memory allows. Precision as `gram_volume`.
+    """
+    x, *members = (v if v.dtype == torch.float64 else v.float() for v in (anchor, *others))
+    with full_precision(x.device.type):
+        return _volumes(anchor_inputs(x), tuple_inputs(torch.stack(members, dim=-2)))
+
+
+def volume_score(rows: Inputs, columns: Inputs, shared: Inputs) -> Tensor:
+    """-scale * V of anchors and tuples, (t, u): the score that `tiled_logsumexp` takes."""
+    return -shared[0] * _volumes(rows, columns)
+
+
+def anchor_inputs(anchor: Tensor) -> Inputs:
+    """What the volume needs of anchors (n, D): themselves and their squared lengths (n,)."""
+    return anchor, anchor.square().sum(-1)
+
+
+def tuple_inputs(members: Tensor) -> Inputs:
+    """What the volume needs of tuples (..., K, D): b (..., K, D), first row of B (..., K), D (...), A (..., K, K)."""
+    z = members.unbind(-2)
+    basis = [z[0], *(other - z[0] for other in z[1:])]
+    # sums, not a matrix product: those may run in TF32, also in the backward
+    gram = [[(b * c).sum(-1) for c in basis] for b in basis]
+    adjugate = [[_cofactor(gram, k, m) for m in range(len(z))] for k in range(len(z))]
+    determinant = sum(gram[0][m] * adjugate[0][m] for m in range(len(z)))
+    stacked = torch.stack([torch.stack(row, dim=-1) for row in adjugate], dim=-2)
+    return torch.stack(basis, dim=-2), torch.stack(gram[0], dim=-1), determinant, stacked
+
+
+def _cofactor(matrix: list[list[Tensor]], k: int, m: int) -> Tensor:
+    minor = [row[:m] + row[m + 1 :] for row in matrix[:k] + matrix[k + 1 :]]
+    return (-1) ** (k + m) * _determinant(minor) if minor else torch.ones_like(matrix[0][0])
+
+
+def _determinant(matrix: list[list[Tensor]]) -> Tensor:
+    """By expansion along the first row: exact for the tiny matrices here, and smooth where they are singular."""
+    if len(matrix) == 1:
+        return matrix[0][0]
+    return sum(matrix[0][m] * _cofactor(matrix, 0, m) for m in range(len(matrix)))
+
+
+def _volumes(anchors: Inputs, tuples: Inputs) -> Tensor:
+    """V (t, u) of t anchors and u tuples."""
+    (anchor, square), (basis, first_row, determinant, adjugate) = anchors, tuples
+    products = [anchor @ basis[:, k].T - first_row[:, k] for k in range(basis.shape[1])]
+    edge_square = square[:, None] - first_row[:, 0] - 2 * products[0]
+    return _root(edge_square, products, determinant, adjugate)
+
+
+def _root(edge_square: Tensor, products: list[Tensor], determinant: Tensor, adjugate: Tensor) -> Tensor:
+    """sqrt(|e|² D - h' A h) from |e|² and the K products h_k, all of one shape; D and A broadcast against it."""
+    square = edge_square * determinant
+    for k, h in enumerate(products):
+        inner = sum(adjugate[..., k, m] * products[m] for m in range(len(products)))
+        square = square - h * inner
+    return square.clamp_min(EPSILON).sqrt()

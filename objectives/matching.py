@@ -1,0 +1,60 @@
+"""Cross-entropy of finding a sample's own partner among all partners of the global batch, in both directions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..datasets.registry import InputError
+from .embeddings import Embeddings
+from .tiled import Inputs, Score, tiled_logsumexp
+
+
+def match_both_ways(
+    z: Embeddings,
+    score: Score,
+    rows: Inputs,
+    columns: Inputs,
+    shared: Inputs,
+    *,
+    positive: Tensor,
+    row_mask: Tensor,
+    column_mask: Tensor,
+    both: Tensor,
+    label_smoothing: float,
+    tile: int,
+) -> tuple[Tensor, Tensor]:
+    """This rank's shares of the two losses: rows find their column, columns find their row. One pass over the tiles.
+
+    A sample without its partner has no positive and leaves the mean, but what it has still serves as a negative.
+
+    Args:
+        score, rows, columns, shared, tile: as `tiled_logsumexp` takes them.
+        positive: (n,), the score of each of this rank's samples with its own partner.
+        row_mask: bool (n,), samples that have the row side.
+        column_mask: bool (N,), samples of the global batch that have the column side.
+        both: bool (n,), samples of this rank that have both.
+        label_smoothing: share of the target spread evenly over all candidates, in [0, 1).
+    """
+    found = tiled_logsumexp(
+        score,
+        rows,
+        columns,
+        shared,
+        row_mask=row_mask,
+        column_mask=column_mask,
+        sums=label_smoothing > 0,
+        tile=tile,
+    )
+    row_loss = found.row_lse - (1 - label_smoothing) * positive
+    column_loss = found.column_lse[z.rows] - (1 - label_smoothing) * positive
+    if label_smoothing > 0:
+        row_loss = row_loss - label_smoothing * found.row_sum / column_mask.sum().clamp_min(1)
+        row_count = z.all_sum(row_mask.sum()).clamp_min(1)
+        column_loss = column_loss - label_smoothing * found.column_sum[z.rows] / row_count
+    return z.mean(row_loss, both), z.mean(column_loss, both)
+
+
+def checked_smoothing(label_smoothing: float) -> float:
+    if not 0 <= label_smoothing < 1:
+        raise InputError(f"label_smoothing={label_smoothing} is outside [0, 1); 0 switches it off, 0.1 is common")
+    return label_smoothing

@@ -1,0 +1,316 @@
+"""What every objective promises, whichever it is: exactness on many processes, symmetry, finite numbers."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from trivium.objectives import Embeddings, Objective, build, names
+
+MODALITIES = ("text", "video", "audio")
+CASES = {
+    "infonce": [
+        {},
+        {"anchor": "video", "label_smoothing": 0.1, "tile": 5},
+        {"weights": {"text-video": 2.0, "text-audio": 1.0}, "learnable_temperature": False},
+    ],
+    "gram": [
+        {},
+        {"anchor": "audio", "label_smoothing": 0.0, "tile": 5},
+        {"compat": "gram"},
+    ],
+    "unialign": [
+        {},
+        {"geometry": "geodesic", "anchor": "video", "detach_anchor": True, "tile": 5},
+        {"centroid": False, "lambda_align": 0.3, "tau": 0.3},
+    ],
+}
+EVERY_CASE = [(name, options) for name, cases in CASES.items() for options in cases]
+SAMPLES, WIDTH, DIM = 12, 6, 5
+
+
+class Toy(nn.Module):
+    """A small tower a modality, and the objective, as one module."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.towers = nn.ModuleDict({name: nn.Linear(WIDTH, DIM, bias=False) for name in MODALITIES})
+        for tower in self.towers.values():
+            nn.init.normal_(tower.weight, generator=generator)
+        self.objective = objective
+
+    def forward(self, x, valid):
+        z = {name: F.normalize(self.towers[name](x[name]).tanh(), dim=-1) for name in MODALITIES}
+        loss = self.objective(Embeddings(z, valid))
+        return loss._replace(total=loss.total + 0 * sum(value.sum() for value in z.values()))
+
+
+def toy(name, options, log_scale=None, dtype=torch.float64):
+    module = Toy(build(name, **options)).to(dtype)
+    if log_scale is not None:
+        module.objective.temperature.log_scale.data.fill_(log_scale)
+    return module
+
+
+def batch(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(SAMPLES, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for name in MODALITIES
+    }
+
+
+def scenarios() -> dict[str, dict[str, torch.Tensor]]:
+    """Who has what, by scenario; bool (SAMPLES,) by modality."""
+    generator = torch.Generator().manual_seed(2)
+
+    def everyone():
+        return {name: torch.ones(SAMPLES, dtype=torch.bool) for name in MODALITIES}
+
+    def without(name, rows):
+        valid = everyone()
+        valid[name][rows] = False
+        return valid
+
+    uneven = {name: torch.rand(SAMPLES, generator=generator) < 0.7 for name in MODALITIES}
+    for name in MODALITIES:
+        uneven[name][:3] = False  # padding rows, on the first rank only
+    one, nobody = everyone(), everyone()
+    for name in MODALITIES:
+        one[name][1:] = False
+        nobody[name][:] = False
+    return {
+        "everyone": everyone(),
+        "uneven": uneven,
+        "audio missing on the last rank": without("audio", slice(6, None)),
+        "audio missing everywhere": without("audio", slice(None)),
+        "one sample": one,
+        "nobody": nobody,
+    }
+
+
+def part(values, rank, world):
+    own = slice(rank * SAMPLES // world, (rank + 1) * SAMPLES // world)
+    return {name: x[own] for name, x in values.items()}
+
+
+def gradients(module):
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def run_cases(rank: int, world: int, wrap) -> dict:
+    """Loss, parts and gradients of every case and scenario."""
+    found = {}
+    for scenario, valid in scenarios().items():
+        for index, (name, options) in enumerate(EVERY_CASE):
+            learnt = name != "unialign" and options.get("learnable_temperature", True)
+            for log_scale in (None, 6.0) if learnt and index % 3 == 0 else (None,):
+                module = toy(name, options, log_scale)
+                loss = wrap(module)(part(batch(), rank, world), part(valid, rank, world))
+                loss.total.backward()
+                found[scenario, name, index, log_scale] = loss.total.detach(), loss.parts, gradients(module)
+    return found
+
+
+def cases_on_a_rank() -> dict:
+    dist.init_process_group("gloo")
+    return run_cases(dist.get_rank(), dist.get_world_size(), DistributedDataParallel)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict:
+    return run_cases(0, 1, lambda module: module)
+
+
+def test_every_registered_objective_is_tested():
+    assert set(CASES) == set(names())
+
+
+@pytest.mark.two_process
+@pytest.mark.parametrize("world", [2, 3])
+def test_many_processes_under_ddp_equal_one(ranks, one_process, world):
+    answers = ranks(world, cases_on_a_rank)
+    assert answers[0].keys() == one_process.keys() and len(one_process) >= 6 * len(EVERY_CASE)
+    for case, (total, parts, wanted) in one_process.items():
+        mean = sum(answer[case][0] for answer in answers) / world
+        torch.testing.assert_close(mean, total, rtol=1e-9, atol=1e-9, msg=lambda m, case=case: f"{case}: {m}")
+        for key, value in parts.items():
+            mean = sum(answer[case][1][key] for answer in answers) / world
+            torch.testing.assert_close(mean, value, rtol=1e-9, atol=1e-9, msg=lambda m, at=(case, key): f"{at}: {m}")
+        largest = max(gradient.abs().max().item() for gradient in wanted.values())
+        for answer in answers:
+            for key, gradient in answer[case][2].items():
+                error = (gradient - wanted[key]).abs().max().item()
+                assert error <= 1e-9 * max(largest, 1e-3), f"{case}, {key}: {error:g} of {largest:g}"
+
+
+def test_the_scenarios_mean_something(one_process):
+    """Gradients there are, except where nobody has anything; and a temperature out of bounds is pulled back or held."""
+    for (scenario, name, _, _), (total, _, found) in one_process.items():
+        moving = {key for key, gradient in found.items() if gradient.ne(0).any()}
+        if scenario == "nobody":
+            assert not moving and total == 0
+        elif scenario == "everyone":
+            assert "towers.text.weight" in moving, name
+        elif scenario == "audio missing everywhere":
+            assert "towers.audio.weight" not in moving
+
+
+def zero_on_a_rank(stage: int) -> dict:
+    """One SGD step of size 1 with all objectives in one module: the change of a weight is minus its gradient."""
+    from datetime import timedelta
+
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=60))],
+    )
+    assert accelerator.distributed_type == DistributedType.DEEPSPEED
+    module = all_toys()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    engine, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    loss = engine(part(batch(torch.float32), rank, world), part(scenarios()["uneven"], rank, world))
+    accelerator.backward(loss.total)
+    optimizer.step()
+    after = accelerator.get_state_dict(engine)
+    return {name: before[name] - after[name] for name in before}
+
+
+class AllToys(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.toys = nn.ModuleList(toy(name, options, dtype=torch.float32) for name, options in EVERY_CASE)
+
+    def forward(self, x, valid):
+        losses = [module(x, valid) for module in self.toys]
+        return losses[0]._replace(total=sum(loss.total for loss in losses))
+
+
+def all_toys() -> nn.Module:
+    return AllToys()
+
+
+@pytest.mark.two_process
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_on_two_processes_equals_one(ranks, stage):
+    module = all_toys()
+    module(batch(torch.float32), scenarios()["uneven"]).total.backward()
+    wanted = gradients(module)
+    answers = ranks(2, zero_on_a_rank, stage)
+    for index, (name, options) in enumerate(EVERY_CASE):
+        own = [key for key in wanted if key.startswith(f"toys.{index}.")]
+        largest = max(wanted[key].abs().max().item() for key in own)
+        for answer in answers[:1]:
+            for key in own:
+                error = (answer[key] - wanted[key]).abs().max().item()
+                assert error <= 1e-5 * largest, f"{name} {options}, {key}: {error:g} of {largest:g}"
+
+
+@pytest.mark.parametrize("name, options", EVERY_CASE)
+def test_the_order_of_the_batch_does_not_matter(name, options):
+    x, valid, order = (
+        batch(),
+        scenarios()["uneven"],
+        torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(3)),
+    )
+    ours, theirs = toy(name, options), toy(name, options)
+    a = ours(x, valid)
+    b = theirs({key: v[order] for key, v in x.items()}, {key: v[order] for key, v in valid.items()})
+    torch.testing.assert_close(a.total, b.total, rtol=1e-11, atol=1e-12)
+    a.total.backward(), b.total.backward()
+    for key, gradient in gradients(ours).items():
+        torch.testing.assert_close(gradient, gradients(theirs)[key], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name, options", EVERY_CASE)
+def test_tiles_do_not_matter(name, options):
+    results = []
+    for tile in (1, 5, 7, 1000):
+        module = toy(name, {**options, "tile": tile})
+        loss = module(batch(), scenarios()["uneven"])
+        loss.total.backward()
+        results.append({"total": loss.total.detach(), **gradients(module)})
+    for other in results[:-1]:
+        for key, value in results[-1].items():
+            torch.testing.assert_close(other[key], value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name, options", EVERY_CASE)
+def test_absent_samples_are_as_if_dropped(name, options):
+    """Whatever they hold, NaN too, and whether or not they are in the batch."""
+    x, valid = batch(), {key: torch.ones(SAMPLES, dtype=torch.bool) for key in MODALITIES}
+    z = {key: F.normalize(value[:, :DIM], dim=-1) for key, value in x.items()}
+    kept = torch.arange(SAMPLES) % 4 != 1
+    for key in MODALITIES:
+        valid[key][~kept] = False
+        z[key][~kept] = torch.nan
+    leaves = {key: value.clone().requires_grad_() for key, value in z.items()}
+    fewer = {key: value[kept].clone().requires_grad_() for key, value in z.items()}
+    a, b = (toy(name, options).objective(e) for e in (Embeddings(leaves, valid), Embeddings(fewer)))
+    torch.testing.assert_close(a.total, b.total, rtol=1e-11, atol=1e-12)
+    a.total.backward(), b.total.backward()
+    for key in MODALITIES:
+        torch.testing.assert_close(leaves[key].grad[kept], fewer[key].grad, rtol=1e-9, atol=1e-11)
+        assert leaves[key].grad[~kept].eq(0).all()
+
+
+@pytest.mark.parametrize("name, options", EVERY_CASE)
+@pytest.mark.parametrize("collapsed", ["no", "modalities equal", "all samples equal"])
+def test_finite_in_bfloat16(name, options, collapsed):
+    z = {key: F.normalize(value[:, :DIM], dim=-1) for key, value in batch().items()}
+    if collapsed != "no":
+        z = {key: z["text"].clone() for key in z}
+    if collapsed == "all samples equal":
+        z = {key: value[:1].repeat(SAMPLES, 1) for key, value in z.items()}
+    leaves = {key: value.bfloat16().requires_grad_() for key, value in z.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = toy(name, options, dtype=torch.float32).objective(Embeddings(leaves))
+    loss.total.backward()
+    assert loss.total.isfinite() and loss.total.dtype == torch.float32
+    for leaf in leaves.values():
+        assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name, options", EVERY_CASE)
+def test_autocast_changes_nothing(name, options):
+    z = {key: F.normalize(value[:, :DIM].float(), dim=-1) for key, value in batch().items()}
+    module = toy(name, options, dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        leaves = {key: value.clone().requires_grad_() for key, value in z.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = module.objective(Embeddings(leaves))
+            loss.total.backward()
+        results.append([loss.total.detach(), *(leaf.grad for leaf in leaves.values())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, options", EVERY_CASE)
+def test_terms_add_up_and_parts_are_plain_numbers(name, options):
+    z = {key: F.normalize(value, dim=-1) for key, value in batch().items()}
+    loss = build(name, **options)(Embeddings(z))
+    torch.testing.assert_close(sum(loss.terms.values()), loss.total)
+    assert loss.parts and all(value.ndim == 0 and not value.requires_grad for value in loss.parts.values())
+
+
+def test_the_docstring_explains_every_option():
+    from trivium.objectives import OBJECTIVES
+
+    for name in names():
+        documented = OBJECTIVES.get(name).__doc__.split("Args:")[1]
+        for option in OBJECTIVES.parameters(name):
+            assert option in documented, f"{name}: {option} is not explained"
