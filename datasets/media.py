@@ -137,6 +137,7 @@ def _open(data: bytes) -> Iterator:
 
     try:
         with av.open(io.BytesIO(data), metadata_errors="replace") as container:
+            _require(len(container.streams) > 0, "its header names no stream")
             yield container
     except av.FFmpegError as error:
         raise CorruptSample(f"{type(error).__name__}: {_one_line(error)}") from None
@@ -162,21 +163,19 @@ def _video_stream(container):
 
 
 def _check_packets(container, stream, packets: list, size: int) -> None:
-    """Are all packets there that the header promises?"""
+    """Are all packets there that the header promises, and do they last as long as it says?"""
     kind = stream.type
-    if "mp4" in container.format.name:  # its index is complete; with an edit list `stream.frames` counts cut ones too
+    if "mp4" in container.format.name:  # an index of every packet; `stream.frames` also counts what an edit list cuts
         index = stream.index_entries
         end = max((entry.pos + entry.size for entry in index), default=0)
         _require(end <= size, f"cut short: its {kind} needs {end} bytes and there are {size}")
         _require(len(packets) >= len(index), f"holds {len(packets)} of {len(index)} {kind} packets")
-        return
     promised = _promised_seconds(container, stream)
-    if promised is None or not packets:
-        return
-    times = [(p.pts, p.duration or 0) for p in packets if p.pts is not None]
-    if times:
-        start, end = min(pts for pts, _ in times), max(pts + duration for pts, duration in times)
-        got, slack = float((end - start) * stream.time_base), 2 * float(max(d for _, d in times) * stream.time_base)
+    times = [(p.pts, p.duration or 0) for p in packets if p.pts is not None and not p.is_discard]
+    if promised is not None and times:
+        start, last, end = min(times)[0], max(times)[0], max(pts + duration for pts, duration in times)
+        frame = max((last - start) / max(1, len(times) - 1), max(duration for _, duration in times))
+        got, slack = float((end - start) * stream.time_base), 2 * float(frame * stream.time_base)
         _require(got >= promised * (1 - SHORT) - slack, f"holds {got:.2f} of {promised:.2f} s of {kind}")
 
 

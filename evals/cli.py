@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..datasets.registry import InputError
 from .record import read_config
 
+if TYPE_CHECKING:
+    import torch
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 SPLITS = ("train", "val", "test")
+TIMEOUT = timedelta(hours=1)
 
 
 def main() -> None:
@@ -29,37 +36,48 @@ def command(
     model: Annotated[Path, typer.Option(help="run directory, or one of its checkpoint folders")],
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="of a run: best, latest or a folder's name [best where there is one, else latest]"),
+        typer.Option(help="of a run: best, latest or a folder's name; by default best where there is one, else latest"),
     ] = None,
     split: Annotated[
         str, typer.Option(help="name of the split: train, val or test of the run's recipe, or a new name")
     ] = "test",
     shards: Annotated[str | None, typer.Option(help="shard pattern in place of the recipe's")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="comma-separated task names [those of the recipe, and geometry]")
+        str | None, typer.Option(help="comma-separated task names; by default those of the recipe, and geometry")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="items per forward pass of a process [the recipe's]")
+        int | None, typer.Option(min=1, help="items per forward pass of a process; by default the recipe's")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="decoding processes per process [the recipe's]")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder to write to [RUN/evals/SPLIT]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="decoding workers per process; by default the recipe's")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write to; by default RUN/evals/SPLIT")] = None,
+    if_needed: Annotated[
+        bool, typer.Option("--if-needed", help="keep results of the same weights, shards, tasks and version")
+    ] = False,
 ) -> None:
     """Embed a split on all processes, run evaluation tasks on it, print and write the results."""
+    import torch
     from accelerate import PartialState
 
-    state = PartialState()
+    from .embeddings import EmbeddingError
+
+    # without `cpu` Accelerate forms no group of CPU processes; the others wait while the first runs the tasks
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    problem, code = None, 0
     try:
         plan = resolve(model, checkpoint, split, shards, tasks, batch_size, workers, out)
-        results = _evaluate(plan, state.device)
+        results = (kept(plan) if if_needed else None) or _evaluate(plan, state.device)
+        code = 1 if any(result["error"] for result in results) else 0
     except InputError as error:  # a property of the arguments and files, so every process is here
-        if state.is_main_process:
-            print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        problem, code = error, 2
+    except EmbeddingError as error:  # raised on all processes or on none
+        problem, code = error, 1
     finally:
         state.destroy_process_group()
     if state.is_main_process:
-        show(results, plan)
-    raise typer.Exit(1 if any(result.error for result in results) else 0)
+        print(f"error: {problem}", file=sys.stderr) if problem else show(results, plan)
+    raise typer.Exit(code)
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,35 @@ def checkpoint_folder(model: Path, checkpoint: str | None = None) -> tuple[Path,
     return found, model
 
 
-def _evaluate(plan: Plan, device) -> list:
+def inputs_sha256(plan: Plan) -> str:
+    """sha256 of what the results depend on: weights, shard files (size and time), tasks, version of Trivium."""
+    from ..datasets.shards import expand
+
+    with (plan.folder / "model.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    stats = [(path, Path(path).stat()) for path in expand(plan.shards)]
+    shards = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    data = plan.config.get("data") or {}
+    reading = [data.get("fields"), data.get("decoder")]
+    return hashlib.sha256(json.dumps([version("trivium"), weights, shards, plan.tasks, reading]).encode()).hexdigest()
+
+
+def kept(plan: Plan) -> list[dict[str, Any]] | None:
+    """The results in `plan.out` when they are complete and of the same inputs, else None."""
+    from .results import read_embeddings, read_results
+
+    try:
+        card = read_results(plan.out)
+    except InputError:  # written by another version
+        return None
+    valid = card is not None and card.get("inputs_sha256") == inputs_sha256(plan)
+    if not valid or read_embeddings(plan.out) is None:
+        return None
+    results = [{"error": None, **task} for task in card["tasks"]]
+    return None if any(result["error"] for result in results) else results
+
+
+def _evaluate(plan: Plan, device: torch.device) -> list[dict[str, Any]]:
     from ..datasets.stream import Source
     from ..modalities.weights import load_model
     from .harness import evaluate_split
@@ -149,38 +195,34 @@ def _evaluate(plan: Plan, device) -> list:
         "split": plan.split,
         "shards": plan.shards,
         "trained_on": data.get("train"),
-        "weights_sha256": _sha256(plan.folder / "model.safetensors"),
+        "inputs_sha256": inputs_sha256(plan),
         "batch_size": plan.batch_size,
         "precision": "fp32",
         "command": shlex.join(["python", "-m", "trivium.evals", *sys.argv[1:]]),
     }
     options = {"batch_size": plan.batch_size, "workers": plan.workers, "folder": plan.out, "about": about}
-    return evaluate_split(model, source, plan.tasks, **options)[0]
+    return [vars(result) for result in evaluate_split(model, source, plan.tasks, **options)[0]]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def show(results: list, plan: Plan) -> None:
+def show(results: list[dict[str, Any]], plan: Plan) -> None:
     """Print a table per task, and where the files are."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from .results import table
 
-    console = Console()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     for result in results:
-        if result.error:
-            console.print(f"[bold]{result.task}[/bold] [red]failed:[/red] {result.error}", highlight=False)
+        if result["error"]:
+            console.print(f"[bold]{result['task']}[/bold] [red]failed:[/red] {escape(result['error'])}")
             continue
-        header, lines = table(vars(result))
-        grid = Table(title=f"{result.task} · {plan.split}", title_justify="left", box=None, pad_edge=False)
+        header, lines = table(result)
+        grid = Table(title=f"{result['task']} on {plan.split}", title_justify="left", box=None, pad_edge=False)
         for i, column in enumerate(header):
-            grid.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
+            grid.add_column(column, justify="right" if i else "left", no_wrap=True)
         for line in lines:
             grid.add_row(*line)
         console.print(grid)
         console.print()
-    console.print(f"written to {plan.out}", highlight=False, soft_wrap=True)
+    console.print(f"written to {escape(str(plan.out))}", soft_wrap=True)

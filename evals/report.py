@@ -61,13 +61,15 @@ def headline(task: dict[str, Any] | None) -> list[Row]:
 
 def status(record: Record) -> tuple[str, str]:
     """How the run ended: a kind ("good", "bad", "open") and words."""
-    if record.ending is None:
+    ending = record.ending
+    if ending is None:
         return "open", "running, or killed before it could say why"
-    code = record.ending.get("code", record.ending.get("exit_code"))
-    reason = next((record.ending[key] for key in ("error", "reason", "message") if record.ending.get(key)), None)
-    if code == 0:
-        return "good", f"finished: {reason}" if reason else "finished"
-    return "bad", f"stopped{f' with exit code {code}' if code is not None else ''}{f': {reason}' if reason else ''}"
+    outcome, error, code = (ending.get(key) for key in ("outcome", "error", "exit_code"))
+    if outcome == "finished":
+        return "good", "finished"
+    if error or code:
+        return "bad", f"failed{f' with exit code {code}' if code else ''}{f': {error}' if error else ''}"
+    return "open", str(outcome or "ended without saying how")
 
 
 def wilson(percent: float, n: int, z: float = 1.96) -> tuple[float, float]:

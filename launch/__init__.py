@@ -1,0 +1,1 @@
+"""How processes start: the command line `trivium`, the launcher configurations, the set-up of the environment."""

@@ -28,12 +28,10 @@ def page(registry: Registry, name: str) -> str:
 
 
 def card(facts: dict[str, Any]) -> str:
-    """What a source says about the shards it wrote, a line each."""
-    rows = [
-        (key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
-        for key, value in facts.items()
-    ]
-    return columns(rows)
+    """Nested facts, of a source's shards or of a checked recipe, as YAML: short parts on one line."""
+    import yaml
+
+    return yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120).rstrip()
 
 
 def columns(rows: list[tuple[str, str]]) -> str:

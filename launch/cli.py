@@ -102,9 +102,11 @@ def check(
         trivium check demo objective=gram train.batch_size=64
     """
     from ..pretrain.preflight import check as preflight
+    from .catalogue import card
 
-    preflight(recipe, overrides or [])
+    found = preflight(recipe, overrides or [])
     print(f"ok: {' '.join([recipe, *(overrides or [])])}")
+    print(card(found))
 
 
 @app.command()
@@ -199,7 +201,9 @@ def compare(
     """
     from ..evals.report import write_comparison
 
-    print(write_comparison(runs, out or runs[0].parent / "comparison.html"))
+    page = out or runs[0].parent / "comparison.html"
+    print(write_comparison(runs, page))
+    print(f"\nwritten to {page}")
 
 
 @app.command()

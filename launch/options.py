@@ -36,6 +36,4 @@ def _value(name: str, text: str, parameter: inspect.Parameter | None) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise InputError(
-            f"--{name} {text!r} is not a YAML value; write it like 3, 0.5, null or [1, 2]"
-        ) from None
+        raise InputError(f"--{name} {text!r} is not a YAML value; write it like 3, 0.5, null or [1, 2]") from None

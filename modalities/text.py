@@ -70,7 +70,7 @@ class BertTower(nn.Module):
         )  # fmt: skip
         self.bert = BertModel(config, add_pooling_layer=False)
         if gradient_checkpointing:
-            self.bert.gradient_checkpointing_enable({"use_reentrant": False})
+            self.bert.activation_checkpointing_enable({"use_reentrant": False})
         if pretrained is not None:
             folder = locate(pretrained)
             _check_config(folder, config)

@@ -7,6 +7,8 @@ requests from its standard input and answers on its standard output, both pickle
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import faulthandler
 import importlib.util
 import os
@@ -23,7 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-HEAVY = ("torch.distributed", "accelerate", "deepspeed", "trivium.objectives", "trivium.modalities.model")
+HEAVY = ("pytest", "torch._dynamo", "accelerate", "deepspeed", "transformers", "trivium.objectives")
+# what DeepSpeed imports when an engine is built: most of the time of a short scenario
+LATER = ("torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops")
+PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 3.0  # after one rank has failed, for the others to fail too and say why
 
 
@@ -77,7 +82,11 @@ class Ranks:
 
     def close(self) -> None:
         self._helper.stdin.close()
-        self._helper.wait(timeout=30)
+        try:
+            self._helper.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # still importing, or interrupted in a scenario
+            self._helper.kill()
+            self._helper.wait()
 
 
 def send(pipe: BinaryIO, message: Any) -> None:
@@ -100,11 +109,15 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever a library prints must not enter the answers
     for name in HEAVY:
         importlib.import_module(name)
+    for name in LATER:
+        with contextlib.suppress(ImportError):  # private to their projects, which may move them
+            importlib.import_module(name)
+    assert threads() == 1, "an import started threads, which would not survive the fork"
     while True:
         try:
             request = receive(sys.stdin.buffer)
         except EOFError:
-            return
+            os._exit(0)  # nothing to tidy up, and the libraries take seconds to
         send(answers, run_ranks(*request))
 
 
@@ -161,7 +174,7 @@ def be_rank(place: Path, path: str, name: str, args: tuple, env: dict[str, str],
     status = 1
     try:
         os.setsid()  # its own group, so that its children die with it
-        signal.alarm(int(timeout) + 30)  # should the helper itself be killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and it dies with the helper
         output = os.open(place.with_suffix(".out"), os.O_WRONLY | os.O_CREAT)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
@@ -186,6 +199,10 @@ def load(path: str, name: str) -> Callable:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return getattr(module, name)
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def free_port() -> int:

@@ -38,7 +38,9 @@ def expected_rank(scores: list[float], relevant: list[bool]) -> float:
     best = max(s for s, r in zip(scores, relevant, strict=True) if r)
     above = sum(s > best for s in scores)
     tied = [r for s, r in zip(scores, relevant, strict=True) if s == best]
-    patterns = {tuple(i in chosen for i in range(len(tied))) for chosen in itertools.combinations(range(len(tied)), sum(tied))}
+    patterns = {
+        tuple(i in chosen for i in range(len(tied))) for chosen in itertools.combinations(range(len(tied)), sum(tied))
+    }
     return above + sum(pattern.index(True) for pattern in patterns) / len(patterns)  # all are equally likely
 
 
@@ -85,7 +87,9 @@ def test_chance_equals_the_share_of_all_orders():
     query = torch.tensor([0, 1, 2, 7])
     for k in range(1, 8):
         hits = [
-            any(gallery[i] == q for i in order[:k]) for q in query.tolist() for order in itertools.permutations(range(6))
+            any(gallery[i] == q for i in order[:k])
+            for q in query.tolist()
+            for order in itertools.permutations(range(6))
         ]
         assert chance(query, gallery, k) == pytest.approx(100 * np.mean(hits))
 
@@ -134,10 +138,18 @@ def test_every_row_equals_a_loop_over_items(bucket, missing):
         row = brute(embeddings, [a], [b], label, lambda i, j, a=a, b=b: float(z[a][i] @ z[b][j]))
         expected |= {f"{a}->{b}/cosine/{key}": value for key, value in row.items()}
     forward = brute(
-        embeddings, ["text"], ["video", "audio"], label, lambda i, j: -volume(z["text"][i], z["video"][j], z["audio"][j])
+        embeddings,
+        ["text"],
+        ["video", "audio"],
+        label,
+        lambda i, j: -volume(z["text"][i], z["video"][j], z["audio"][j]),
     )
     backward = brute(
-        embeddings, ["video", "audio"], ["text"], label, lambda i, j: -volume(z["text"][j], z["video"][i], z["audio"][i])
+        embeddings,
+        ["video", "audio"],
+        ["text"],
+        label,
+        lambda i, j: -volume(z["text"][j], z["video"][i], z["audio"][i]),
     )
     expected |= {f"text->video+audio/volume/{key}": value for key, value in forward.items()}
     expected |= {f"video+audio->text/volume/{key}": value for key, value in backward.items()}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from trivium.datasets.registry import SOURCES, InputError
 from trivium.launch.cli import main
@@ -45,7 +46,7 @@ class Pebbles:
         self.card = {"count": count, "label": label, "sizes": sizes, "wet": wet}
 
     def prepare(self, out: Path) -> dict[str, object]:
-        return {"folder": out, "splits": {"train": 2, "val": 1}, **self.card}
+        return {"folder": str(out), "splits": {"train": {"clips": 2}, "val": {"clips": 1}}, **self.card}
 
 
 @pytest.fixture
@@ -72,9 +73,8 @@ print("heavy:", *sorted({HEAVY!r} & set(sys.modules)))
 
 
 def test_help_names_every_command_with_an_example(trivium: Run) -> None:
-    commands = "prepare check recipes objectives towers tasks sources report compare".split()
     overview = trivium("--help")[1]
-    for command in commands:
+    for command in ("prepare", "check", "recipes", "objectives", "towers", "tasks", "sources", "report", "compare"):
         assert f"\n  {command} " in overview
         assert f"\n      trivium {command} " in trivium(command, "--help")[1]
 
@@ -139,14 +139,14 @@ def test_the_page_of_an_entry(trivium: Run, pebbles: None) -> None:
 def test_prepare_passes_the_options_on(trivium: Run, pebbles: None, tmp_path: Path) -> None:
     code, text, _ = trivium("prepare", "pebbles", "--out", str(tmp_path), "--count", "7", "label=007", "--wet")
     assert code == 0
-    assert [line.split(maxsplit=1) for line in text.splitlines()] == [
-        ["folder", str(tmp_path)],
-        ["splits", "train 2, val 1"],
-        ["count", "7"],
-        ["label", "007"],
-        ["sizes", "None"],
-        ["wet", "True"],
-    ]
+    assert yaml.safe_load(text) == {
+        "folder": str(tmp_path),
+        "splits": {"train": {"clips": 2}, "val": {"clips": 1}},
+        "count": 7,
+        "label": "007",
+        "sizes": None,
+        "wet": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -171,10 +171,13 @@ def test_prepare_answers_a_mistake(trivium: Run, pebbles: None, words: list[str]
 def test_check(trivium: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from trivium.pretrain import preflight
 
-    asked = []
-    monkeypatch.setattr(preflight, "check", lambda recipe, overrides: asked.append((recipe, overrides)))
-    assert trivium("check", "demo", "objective=gram", "train.lr=-1")[0] == 0
-    assert asked == [("demo", ["objective=gram", "train.lr=-1"])]
+    def accept(recipe: str, overrides: list[str]) -> dict[str, dict[str, int]]:
+        assert (recipe, overrides) == ("demo", ["objective=gram", "train.lr=-1"])
+        return {"train": {"clips": 6000}}
+
+    monkeypatch.setattr(preflight, "check", accept)
+    expected = "ok: demo objective=gram train.lr=-1\ntrain: {clips: 6000}\n"
+    assert trivium("check", "demo", "objective=gram", "train.lr=-1") == (0, expected, "")
 
     def refuse(recipe: str, overrides: list[str]) -> None:
         raise InputError(f"no recipe is called {recipe!r}")
@@ -190,7 +193,7 @@ def test_report_and_compare(trivium: Run, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(report, "write_report", lambda run: run / "report.html")
     monkeypatch.setattr(report, "write_comparison", lambda runs, out: asked.append((runs, out)) or "the table")
     assert trivium("report", "runs/a") == (0, "runs/a/report.html\n", "")
-    assert trivium("compare", "runs/a", "runs/b") == (0, "the table\n", "")
+    assert trivium("compare", "runs/a", "runs/b") == (0, "the table\n\nwritten to runs/comparison.html\n", "")
     assert trivium("compare", "runs/a", "--out", "x.html")[0] == 0
     runs = [Path("runs/a"), Path("runs/b")]
     assert asked == [(runs, Path("runs/comparison.html")), (runs[:1], Path("x.html"))]

@@ -48,7 +48,9 @@ def test_every_form(words: list[str], options: dict[str, Any]) -> None:
     assert parse(words, PARAMETERS) == options
 
 
-@pytest.mark.parametrize(("words", "named"), [(["3"], "'3'"), (["--count", "3", "4"], "'4'"), (["--sizes=[1"], "sizes")])
+@pytest.mark.parametrize(
+    ("words", "named"), [(["3"], "'3'"), (["--count", "3", "4"], "'4'"), (["--sizes=[1"], "sizes")]
+)
 def test_mistakes(words: list[str], named: str) -> None:
     with pytest.raises(InputError, match=named):
         parse(words, PARAMETERS)

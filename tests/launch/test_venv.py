@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,7 +49,7 @@ class Checkout:
     def run(self, **variables: str) -> tuple[int, list[str], str]:
         """Exit code, the stand-ins' calls, and what was printed on stderr."""
         self.log.write_text("")
-        env = {"PATH": f"{self.bin}:/usr/bin:/bin", "LOG": str(self.log), "HOME": os.environ.get("HOME", "/"), **variables}
+        env = {"PATH": f"{self.bin}:/usr/bin:/bin", "LOG": str(self.log), **variables}
         done = subprocess.run(["bash", "launch/venv.sh"], cwd=self.root, env=env, capture_output=True, text=True)
         return done.returncode, self.log.read_text().splitlines(), done.stderr
 
@@ -129,7 +128,8 @@ def test_without_uv_the_interpreter_makes_the_environment(without_uv: Checkout) 
     (without_uv.bin / "ensurepip").touch()
     code, calls, error = without_uv.run()
     assert (code, error) == (0, "")
-    assert [call.split(" --")[0] for call in calls] == ["python -m venv .venv", "python -m pip install", "uv pip install"]
+    made = [call.split(" --")[0] for call in calls]
+    assert made == ["python -m venv .venv", "python -m pip install", "uv pip install"]
     assert without_uv.run() == (0, [], "")
 
 

@@ -100,23 +100,25 @@ def gradients(module):
     return {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
-def run_cases(rank: int, world: int, wrap) -> dict:
-    """Loss, parts and gradients of every case and scenario."""
+def run_cases(rank: int, world: int, wrap, chosen: list[str] | None = None) -> dict:
+    """Loss, parts and gradients of every case in the chosen scenarios, by default all."""
     found = {}
-    for scenario, valid in scenarios().items():
+    for scenario in chosen or scenarios():
+        valid = scenarios()[scenario]
         for index, (name, options) in enumerate(EVERY_CASE):
             learnt = name != "unialign" and options.get("learnable_temperature", True)
             for log_scale in (None, 6.0) if learnt and index % 3 == 0 else (None,):
                 module = toy(name, options, log_scale)
-                loss = wrap(module)(part(batch(), rank, world), part(valid, rank, world))
+                wrapped = wrap(module)  # DDP must outlive the backward
+                loss = wrapped(part(batch(), rank, world), part(valid, rank, world))
                 loss.total.backward()
                 found[scenario, name, index, log_scale] = loss.total.detach(), loss.parts, gradients(module)
     return found
 
 
-def cases_on_a_rank() -> dict:
+def cases_on_a_rank(chosen: list[str] | None) -> dict:
     dist.init_process_group("gloo")
-    return run_cases(dist.get_rank(), dist.get_world_size(), DistributedDataParallel)
+    return run_cases(dist.get_rank(), dist.get_world_size(), DistributedDataParallel, chosen)
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +131,12 @@ def test_every_registered_objective_is_tested():
 
 
 @pytest.mark.two_process
-@pytest.mark.parametrize("world", [2, 3])
-def test_many_processes_under_ddp_equal_one(ranks, one_process, world):
-    answers = ranks(world, cases_on_a_rank)
-    assert answers[0].keys() == one_process.keys() and len(one_process) >= 6 * len(EVERY_CASE)
-    for case, (total, parts, wanted) in one_process.items():
+@pytest.mark.parametrize("world, chosen", [(2, None), (3, ["uneven", "audio missing on the last rank"])])
+def test_many_processes_under_ddp_equal_one(ranks, one_process, world, chosen):
+    answers = ranks(world, cases_on_a_rank, chosen)
+    assert len(answers[0]) >= len(chosen or scenarios()) * len(EVERY_CASE)
+    for case in answers[0]:
+        total, parts, wanted = one_process[case]
         mean = sum(answer[case][0] for answer in answers) / world
         torch.testing.assert_close(mean, total, rtol=1e-9, atol=1e-9, msg=lambda m, case=case: f"{case}: {m}")
         for key, value in parts.items():
@@ -158,7 +161,7 @@ def test_the_scenarios_mean_something(one_process):
             assert "towers.audio.weight" not in moving
 
 
-def zero_on_a_rank(stage: int) -> dict:
+def zero_on_a_rank(stage: int) -> dict | None:
     """One SGD step of size 1 with all objectives in one module: the change of a weight is minus its gradient."""
     from datetime import timedelta
 
@@ -178,15 +181,15 @@ def zero_on_a_rank(stage: int) -> dict:
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=60))],
     )
     assert accelerator.distributed_type == DistributedType.DEEPSPEED
-    module = all_toys()
+    module = AllToys()
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     engine, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
     rank, world = accelerator.process_index, accelerator.num_processes
     loss = engine(part(batch(torch.float32), rank, world), part(scenarios()["uneven"], rank, world))
     accelerator.backward(loss.total)
     optimizer.step()
-    after = accelerator.get_state_dict(engine)
-    return {name: before[name] - after[name] for name in before}
+    after = accelerator.get_state_dict(engine)  # all ranks; ZeRO-3 gives it to the first only
+    return after and {name: before[name] - after[name] for name in before}
 
 
 class AllToys(nn.Module):
@@ -199,24 +202,19 @@ class AllToys(nn.Module):
         return losses[0]._replace(total=sum(loss.total for loss in losses))
 
 
-def all_toys() -> nn.Module:
-    return AllToys()
-
-
 @pytest.mark.two_process
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_on_two_processes_equals_one(ranks, stage):
-    module = all_toys()
+    module = AllToys()
     module(batch(torch.float32), scenarios()["uneven"]).total.backward()
     wanted = gradients(module)
-    answers = ranks(2, zero_on_a_rank, stage)
+    changes = ranks(2, zero_on_a_rank, stage)[0]
     for index, (name, options) in enumerate(EVERY_CASE):
         own = [key for key in wanted if key.startswith(f"toys.{index}.")]
         largest = max(wanted[key].abs().max().item() for key in own)
-        for answer in answers[:1]:
-            for key in own:
-                error = (answer[key] - wanted[key]).abs().max().item()
-                assert error <= 1e-5 * largest, f"{name} {options}, {key}: {error:g} of {largest:g}"
+        for key in own:
+            error = (changes[key] - wanted[key]).abs().max().item()
+            assert error <= 1e-5 * largest, f"{name} {options}, {key}: {error:g} of {largest:g}"
 
 
 @pytest.mark.parametrize("name, options", EVERY_CASE)
