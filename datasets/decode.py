@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .media import AUDIO_EXTENSIONS, VIDEO_DECODERS, VIDEO_EXTENSIONS, CorruptSample, read_audio
+from .media import AUDIO_EXTENSIONS, VIDEO_DECODERS, VIDEO_EXTENSIONS, read_audio
 from .registry import InputError, nearest
 from .shards import AUDIO, CAPTIONS, VIDEO, read_captions
 
@@ -152,7 +153,7 @@ def _slices(frames: int, clips: int, length: int, rng: Random) -> list[tuple[int
     at a random place or in the middle."""
     edges = [frames * i // clips for i in range(clips + 1)]
     slices = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         spare = max(0, stop - start - length)
         start += spare // 2 if rng is None else int(rng.integers(spare + 1))
         slices.append((start, min(stop, start + length)))

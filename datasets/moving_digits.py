@@ -1,9 +1,9 @@
 """moving-digits: small real videos of handwritten digits that move and sound, with captions.
 
 After SyncDraw's Moving MNIST (Mittal et al. 2017), with scikit-learn's 8x8 digits, which need no download, and with
-sound. A digit moves up and down or left and right; meanwhile it sounds its telephone tone pair (DTMF, ITU-T Q.23), whose
-pitch follows the height, or whose loudness follows the way to the right. Caption, picture and sound each tell both
-digit and motion, and every caption fits all clips of its bucket: one to many.
+sound. A digit moves up and down or left and right and meanwhile sounds its telephone tone pair (DTMF, ITU-T Q.23); the
+pitch follows its height, or the loudness its way to the right. Caption, picture and sound each tell both digit and
+motion, and every caption fits all clips of its bucket: one to many.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from .processes import leave_with_the_run
 from .registry import SOURCES, InputError
 from .shards import Index, shards_of, write_shards
 
@@ -295,6 +297,7 @@ def encode_mp4(pictures: np.ndarray, waveform: np.ndarray, fps: int) -> bytes:
     return buffer.getvalue()
 
 
+@cache
 def _glyphs(side: int) -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's 1,797 digits, smoothly enlarged: uint8 (1797, side, side), and their labels."""
     from scipy.ndimage import zoom
@@ -330,8 +333,13 @@ def _pool(clips: int, shared: tuple[MovingDigits, np.ndarray]) -> Iterator:
         yield map
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(processes, context, initializer=_share, initargs=(shared,)) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(shared,)) as pool:
         yield lambda function, items: pool.map(function, items, chunksize=max(1, min(25, len(items) // processes)))
+
+
+def _begin(shared: tuple[MovingDigits, np.ndarray]) -> None:
+    leave_with_the_run()
+    _share(shared)
 
 
 def _share(shared: tuple[MovingDigits, np.ndarray]) -> None:

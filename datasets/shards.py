@@ -48,7 +48,7 @@ def write_shards(
     earlier ones of that prefix; whatever ends the writing early leaves the folder as it was.
 
     Args:
-        samples: WebDataset samples, `{"__key__": "clip7", "mp4": bytes, "json": {...}}`; a dict under `json` is encoded.
+        samples: WebDataset samples, `{"__key__": "clip7", "mp4": bytes, "json": {...}}`; dicts are encoded as JSON.
         folder: made when it is absent.
         prefix: of the file names.
         samples_per_shard: the last shard may hold fewer.
@@ -236,7 +236,11 @@ def _load(shard: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(shard + SUFFIX, allow_pickle=False) as file:
             columns = dict(file)
-        return columns if np.array_equal(columns.pop("stamp"), _stamp(shard)) else None
+        if not np.array_equal(columns.pop("stamp"), _stamp(shard)):
+            return None
+        if set(columns) != {*PER_SAMPLE, *PER_PART, "keys", "extensions"}:
+            raise ValueError("other columns")
+        return columns
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever a damaged zip file can raise; it is rebuilt from the tar

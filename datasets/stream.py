@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from .batch import Batch, Clip, Skip, collate
 from .decode import decode, decoder_of
 from .media import VIDEO_DECODERS, CorruptSample
+from .processes import leave_with_the_run
 from .registry import InputError, nearest
 from .shards import NO_BUCKET, UNREADABLE, Index, read_captions
 
@@ -110,10 +111,10 @@ class Source:
         for name, spec in self.specs.items():
             counts[name] = int((self.index.flags(self.fields[name]) & decoder_of(spec).flag > 0).sum())
             if not counts[name]:
+                parts, fields = ", ".join(self.index.extensions), " or ".join(self.fields[name])
                 raise InputError(
-                    f"no sample of {self.pattern!r} has {name}: none of its {len(self)} samples has {spec.kind} in a part "
-                    f"{' or '.join(self.fields[name])} (parts: {', '.join(self.index.extensions)}); name the right part "
-                    f"in data.fields.{name}, or leave the modality out"
+                    f"no sample of {self.pattern!r} has {name}: of its {len(self)} samples none holds {spec.kind} in a "
+                    f"part {fields} (parts: {parts}); name the right part in data.fields.{name}, or leave {name} out"
                 )
         unreadable = self.index.flags(["json"]) & UNREADABLE > 0
         without = int(((self.index.bucket == NO_BUCKET) & ~unreadable).sum())
@@ -196,9 +197,7 @@ def train_batches(
     return Batches(dataset, range(start_step, steps), workers, prefetch)
 
 
-def eval_batches(
-    source: Source, *, batch_size: int, rank: int, world: int, workers: int, prefetch: int = 2
-) -> Batches:
+def eval_batches(source: Source, *, batch_size: int, rank: int, world: int, workers: int, prefetch: int = 2) -> Batches:
     """All samples once over all ranks: rank r takes samples r, r + world, ... with the choices of evaluation.
 
     Every rank gets the same number of batches of the same size. Rows with nothing to hold have position -1 and no
@@ -226,7 +225,8 @@ class Batches:
             # server has imported is shared
             context = torch.multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOAD)
-            options = {"multiprocessing_context": context, "prefetch_factor": prefetch, "persistent_workers": True}
+            options = {"multiprocessing_context": context, "worker_init_fn": leave_with_the_run}
+            options |= {"prefetch_factor": prefetch, "persistent_workers": True}
         self._loader = DataLoader(
             dataset,
             batch_size=None,
@@ -280,8 +280,8 @@ class _TrainBatches(Dataset):
             sample = int(draw(self.seed, position, "replacement", attempt).integers(len(self.source)))
         last = skipped[-1]
         raise InputError(
-            f"{ATTEMPTS} samples drawn for position {position} are all corrupt, the last one {last.key!r} in {last.shard}: "
-            f"{last.reason}; check the shards of {self.source.pattern!r}"
+            f"{ATTEMPTS} samples drawn for position {position} are all corrupt, the last one {last.key!r} in "
+            f"{last.shard}: {last.reason}; check the shards of {self.source.pattern!r}"
         )
 
 

@@ -92,8 +92,6 @@ def tokenizer_json(source: str) -> str:
 
     Raises InputError when there is none, or it lacks one of [PAD], [UNK], [CLS], [SEP].
     """
-    from tokenizers import Tokenizer
-
     if source.startswith("{"):
         name, tokenizer = "the given JSON", _parsed(source, "the given JSON")
     else:
@@ -105,7 +103,6 @@ def tokenizer_json(source: str) -> str:
     lacking = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if lacking:
         raise InputError(f"the tokenizer of {name} lacks {', '.join(lacking)}; BERT needs {', '.join(SPECIAL_TOKENS)}")
-    assert isinstance(tokenizer, Tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer.to_str()
@@ -131,7 +128,7 @@ def _wordpiece(vocab: Path) -> Any:
     """The lower-casing BERT tokenizer over a `vocab.txt`."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    words = vocab.read_text(encoding="utf-8").splitlines()
+    words = vocab.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would cut at U+2028 too
     ids = {word: i for i, word in enumerate(words)}
     repeated = [word for i, word in enumerate(words) if ids[word] != i]
     if repeated:

@@ -23,7 +23,7 @@ from .matching import checked_smoothing, match_both_ways
 from .temperature import Temperature
 from .tiled import Inputs, full_precision
 
-# n anchors (rows), N tuples (columns), K members of a tuple, M = K + 1 vectors, D width, t and u the sides of a tile
+# In shapes: n anchors (rows), N tuples (columns) of K members, M = K + 1 vectors, width D, tiles of t by u
 EPSILON = 1e-24  # smallest V² under the root, whose slope at 0 is infinite
 MOST_MODALITIES = 6  # cofactor expansion grows with K!
 
@@ -35,8 +35,8 @@ class Gram(Objective):
     L = 1/2 mean_i CE(softmax_j(-V_ij / tau), i) + 1/2 mean_j CE(softmax_i(-V_ij / tau), j),
 
     V_ij the volume spanned by the anchor vector of sample i and all other modalities of sample j. Cicchetti et al.,
-    "Gramian Multimodal Representation Learning and Alignment" (2024). 2 to 6 modalities. A sample that lacks one of
-    the others is no candidate tuple; one that also has the anchor counts in the mean only if it has everything.
+    "Gramian Multimodal Representation Learning and Alignment" (2024). 2 to 6 modalities. Where some are missing, the
+    means take the complete samples, and the candidates are all samples that have the side in question whole.
 
     The volume does not change when a vector changes its sign, so cosines between modalities may come out negative.
 

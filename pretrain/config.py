@@ -219,11 +219,13 @@ def _explain(error: ValidationError) -> str:
         return f"no option is called {where!r}; {nearest(path[-1], _keys(path[:-1]))}"
     if first["type"] == "missing":
         return f"the recipe lacks {where!r}; add it, or start from one of: {', '.join(recipes())}"
-    return f"{where}={first['input']!r}: {first['msg']}; it means: {describe().get(where, 'see --help')}"
+    return f"{where}={first['input']!r}: {first['msg']}; {where} is: {describe().get(where, 'see --help')}"
 
 
 def _keys(path: list[str]) -> list[str]:
     """The options of the section at `path`."""
+    if path[:1] == ["modalities"] and len(path) > 1:
+        path = ["modalities", "NAME", *path[2:]]
     prefix = "".join(f"{part}." for part in path)
     return sorted({key[len(prefix) :].split(".")[0] for key in describe() if key.startswith(prefix)})
 

@@ -60,7 +60,7 @@ def train(config: Config) -> str:
         world=accelerator.num_processes,
         seed=config.seed,
         start_step=state.step,
-        steps=config.train.steps - state.step,
+        steps=config.train.steps,
         workers=config.data.workers,
     )
     with Telemetry(config, accelerator, state.step) as telemetry:

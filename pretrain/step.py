@@ -64,7 +64,7 @@ def train_step(
         return loss, z
     chunks = [batch.slice(start, start + chunk) for start in range(0, len(batch), chunk)]
     z = _embed_without_gradient(engine, chunks, seed)
-    loss = _objective_pass(engine, batch, z, seed)
+    loss = _objective_pass(engine, batch, z)
     for index, part in enumerate(chunks):
         seed_everything(*seed, index)
         last = index == len(chunks) - 1
@@ -87,14 +87,15 @@ def _embed_without_gradient(engine: Engine, chunks: list[Batch], seed: tuple[int
     return {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
 
 
-def _objective_pass(engine: Engine, batch: Batch, z: dict[str, Tensor], seed: tuple[int, ...]) -> Loss:
+def _objective_pass(engine: Engine, batch: Batch, z: dict[str, Tensor]) -> Loss:
     """Loss of the cached embeddings; leaves d loss / d z in `z[...].grad` and accumulates the objective's own."""
+    if not any(parameter.requires_grad for parameter in engine.module.objective.parameters()):
+        loss, _ = engine.module(batch, dict(z))  # nothing of the engine's takes part
+        loss.total.backward()
+        return loss
     with engine.pass_(last=False):
-        loss, _ = engine(batch, z)
-        if any(parameter.requires_grad for parameter in engine.module.objective.parameters()):
-            engine.backward(loss.total)
-        else:
-            loss.total.backward()
+        loss, _ = engine(batch, dict(z))  # ZeRO-3 puts its hooks into the dict that it is given
+        engine.backward(loss.total)
     return loss
 
 

@@ -200,7 +200,7 @@ def test_silence_is_finite():
 def tokens() -> TokenSpec:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    vocabulary = {word: i for i, word in enumerate("[PAD] [UNK] [CLS] [SEP] a b c d e f".split())}
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef"])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = [("[CLS]", 2), ("[SEP]", 3)]
@@ -270,7 +270,11 @@ def test_absent_modalities_are_none(encode):
 
 
 def test_empty_inputs_look_like_real_ones(mp4, tokens):
-    for spec, parts in [(frames_spec(2, 32), {"mp4": mp4}), (FbankSpec(length=9), {"mp4": mp4}), (tokens, {"txt": b"a"})]:
+    for spec, parts in [
+        (frames_spec(2, 32), {"mp4": mp4}),
+        (FbankSpec(length=9), {"mp4": mp4}),
+        (tokens, {"txt": b"a"}),
+    ]:
         real, empty = decode(parts, spec), decoder_of(spec).empty(spec)
         assert {k: (x.shape, x.dtype) for k, x in real.items()} == {k: (x.shape, x.dtype) for k, x in empty.items()}
     assert decoder_of(tokens).empty(tokens)["mask"].sum() == 1

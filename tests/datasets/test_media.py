@@ -112,7 +112,9 @@ def wav(samples: np.ndarray, sample_rate_hz: int) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind, low, high", [(np.int16, -32768, 32768), (np.uint8, 0, 256), (np.int32, -(2**31), 2**31)])
+@pytest.mark.parametrize(
+    "kind, low, high", [(np.int16, -32768, 32768), (np.uint8, 0, 256), (np.int32, -(2**31), 2**31)]
+)
 def test_channels_are_averaged_at_full_scale(kind, low, high):
     samples = np.random.default_rng(0).integers(low, high, (5000, 2)).astype(kind)
     middle = (low + high) / 2
@@ -131,7 +133,8 @@ def test_resampling_keeps_a_tone():
 
 
 @pytest.mark.parametrize(
-    "container, audio, hz", [("mp4", "aac", 44_100), ("matroska", "aac", 22_050), ("ogg", "libopus", 48_000), ("flac", "flac", 8000)]
+    "container, audio, hz",
+    [("mp4", "aac", 44_100), ("matroska", "aac", 22_050), ("ogg", "libopus", 48_000), ("flac", "flac", 8000)],
 )
 def test_sound_of_compressed_files_is_complete(container, audio, hz, encode):
     data = encode(video=False, container=container, audio=audio, seconds=2.0, sample_rate_hz=hz)

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_scattered_and_doubled_keys_are_named(tmp_path):
         Index.open(str(doubled))
 
 
-@pytest.mark.parametrize("keep", [0, 100, 512, 700, 1024, 1536, 2048, 2500, 3072])
+@pytest.mark.parametrize("keep", [0, 100, 512, 700, 1024, 1536, 2048, 2560])
 def test_a_tar_that_is_cut_short_is_named(tmp_path, keep):
     whole = make_tar(tmp_path / "whole.tar", [("a.bin", b"x" * 900), ("b.bin", b"y" * 10)])
     short = tmp_path / "short.tar"
@@ -138,7 +139,9 @@ def test_a_tar_that_is_cut_short_is_named(tmp_path, keep):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content, why", [(b"not a tar at all " * 100, "damaged"), (b"\x1f\x8b\x08" + b"z" * 900, "compressed")])
+@pytest.mark.parametrize(
+    "content, why", [(b"not a tar at all " * 100, "damaged"), (b"\x1f\x8b\x08" + b"z" * 900, "compressed")]
+)
 def test_what_is_no_tar_is_named(tmp_path, content, why):
     path = tmp_path / "odd.tar"
     path.write_bytes(content)
@@ -266,18 +269,16 @@ def test_an_index_that_cannot_be_written_stays_in_memory(shard, monkeypatch, cap
     assert not Path(f"{shard}{SUFFIX}").exists() and "in memory only: Permission denied" in caplog.text
 
 
-def _open_and_hash(pattern: str) -> str:
-    index = Index.open(pattern)
-    return hashlib.sha256(b"".join(data for i in range(len(index)) for data in index.read(i).values())).hexdigest()
-
-
 def test_processes_build_at_once(tmp_path):
     write_shards(samples(60), tmp_path, "train", samples_per_shard=6)
     pattern = str(tmp_path / "train-*.tar")
-    with get_context("spawn").Pool(3) as pool:
-        found = pool.map(_open_and_hash, [pattern] * 6, chunksize=1)
-    assert len({*found, _open_and_hash(pattern)}) == 1
+    script = "import sys; from trivium.datasets.shards import Index; print(len(Index.open(sys.argv[1])))"
+    command = [sys.executable, "-c", script, pattern]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["60\n"] * 4
     assert len(list(tmp_path.iterdir())) == 20  # a sidecar each, and nothing left over
+    index = Index.open(pattern)
+    assert [index.read(i)["bin"] for i in range(60)] == [sample["bin"] for sample in samples(60)]
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

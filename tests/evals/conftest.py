@@ -61,9 +61,9 @@ def write_run(folder: Path, shards: str, *, name: str = "tiny", steps: int = 40)
     (folder / "exit.json").write_text(json.dumps({"outcome": "finished", "error": None, "exit_code": 0}))
     (folder / "skipped.jsonl").write_text(json.dumps({"key": "clip5", "reason": "cut <short>"}) + "\n")
     lines = [
-        {"step": step, "samples": 8 * step, "loss": 1 + math.exp(-step / 9), "loss/text-tuple": 0.5, "lr": 1e-3, "grad_norm": 1.0,
-         "clips_per_second": 100 + step, "step_seconds": 0.08, "data_wait_seconds": 0.01, "geometry/zeta": 0.2,
-         "geometry/gap/text-video": 0.4}
+        {"step": step, "samples": 8 * step, "loss": 1 + math.exp(-step / 9), "loss/text-tuple": 0.5, "lr": 1e-3,
+         "grad_norm": 1.0, "clips_per_second": 100 + step, "step_seconds": 0.08, "data_wait_seconds": 0.01,
+         "geometry/zeta": 0.2, "geometry/gap/text-video": 0.4}
         for step in range(1, steps + 1)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

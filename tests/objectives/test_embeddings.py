@@ -46,10 +46,11 @@ def every_collective(world: int) -> dict:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     x = (torch.arange(4.0).view(2, 2) + 10 * rank).T.requires_grad_()  # not contiguous
+    own = torch.zeros(2 * world, 2, requires_grad=True)
+    tripled = 3 * own  # older than the gather, so its backward runs later, on the very same gradient tensor
     gathered = gather.gather_rows(x)
     weights = torch.arange(float(gathered.numel())).view_as(gathered) * (rank + 1)
-    # `gathered` feeds two branches that hand back one and the same gradient tensor
-    ((gathered + gathered.roll(1, 0)) * weights).sum().backward()
+    ((gathered + tripled) * weights).sum().backward()
     y = torch.tensor([rank + 1.0], requires_grad=True)
     (gather.all_sum(y) * (rank + 2)).sum().backward()
     z = Embeddings({"a": x.detach()}, {"a": torch.tensor([rank == 0, True])})
@@ -57,6 +58,7 @@ def every_collective(world: int) -> dict:
     return {
         "gathered": gathered.detach(),
         "gradient": x.grad,
+        "own_gradient": own.grad,
         "sum": gather.all_sum(y.detach()),
         "sum_gradient": y.grad,
         "max": gather.all_max(y),
@@ -74,10 +76,11 @@ def test_collectives(ranks, world):
     whole = torch.cat([(torch.arange(4.0).view(2, 2) + 10 * rank).T for rank in range(world)]).requires_grad_()
     total = sum(rank + 1 for rank in range(world))
     weights = torch.arange(float(whole.numel())).view_as(whole) * total
-    ((whole + whole.roll(1, 0)) * weights).sum().backward()
+    (whole * weights).sum().backward()
     for rank, answer in enumerate(answers):
         torch.testing.assert_close(answer["gathered"], whole.detach())
         torch.testing.assert_close(answer["gradient"], whole.grad[2 * rank : 2 * rank + 2])
+        torch.testing.assert_close(answer["own_gradient"], 3 * weights / total * (rank + 1))
         assert answer["sum"] == total and answer["max"] == world
         assert answer["sum_gradient"] == sum(other + 2 for other in range(world))
         assert answer["rows"].tolist() == [2 * rank, 2 * rank + 1]

@@ -1,0 +1,21 @@
+"""Worker processes that end when the run does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+
+
+def leave_with_the_run(*_: object) -> None:
+    """Make this worker end as soon as the process that started it has ended, also if that was killed.
+
+    A worker forked by multiprocessing's fork server would not notice: its parent is the server, and the server lives
+    as long as its workers do.
+    """
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()  # the process that asked for this one, not the server
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
