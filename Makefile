@@ -25,7 +25,7 @@ help: ## print this list
 demo: env ## data, training, evaluation, report in minutes on a CPU; OBJECTIVE=infonce, gram or unialign (the default)
 	.venv/bin/trivium prepare moving-digits --out $(DATA)
 	$(LAUNCH) -m trivium.pretrain demo objective=$(OBJECTIVE) run=$(RUN)
-	$(LAUNCH) -m trivium.evals --model $(RUN) --split test
+	$(LAUNCH) -m trivium.evals --model $(RUN) --split test --if-needed
 	.venv/bin/trivium report $(RUN)
 
 demo-objectives: env ## the demo with each objective, then their numbers side by side

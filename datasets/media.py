@@ -47,7 +47,7 @@ class MediaInfo:
 
 def probe(data: bytes) -> MediaInfo:
     """The header of `data`. Raises CorruptSample when there is none."""
-    with _open(data) as container:
+    with _errors_named(), _open(data) as container:
         video = _video_stream(container)
         return MediaInfo(
             video=video is not None,
@@ -65,23 +65,21 @@ def read_frames(data: bytes, choose: Choice) -> list[np.ndarray] | None:
         choose: gets the number of frames, in order of presentation and without those that an edit list cuts away,
             and returns the wanted indices (repeats allowed).
     """
-    with _open(data) as container:
-        stream = _video_stream(container)
-        if stream is None:
+    with _errors_named():
+        film = _demux(data, "video")
+        if film.video is None:
             return None
-        stream.codec_context.thread_count = 1  # workers are the parallelism, and skipping is per packet only then
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        _check_packets(container, stream, packets, len(data))
+        packets = film.packets(film.video)
         shown = sorted(packet.pts for packet in packets if packet.pts is not None and not packet.is_discard)
-        planned = stream.codec_context.name in PLANNED_CODECS and len(set(shown)) == len(shown)
-        if planned and not any(packet.pts is None for packet in packets):
-            if not shown:
-                raise CorruptSample("the video stream holds no frame")
-            times = [shown[index] for index in choose(len(shown))]
-            frames = _decode_planned(stream.codec_context, packets, set(times))
-            _require(len(frames) == len(set(times)), f"only {len(frames)} of {len(set(times))} wanted frames decode")
-            return [frames[time] for time in times]
-    return _read_frames_in_full(data, choose)
+        timed = len(set(shown)) == len(shown) and all(packet.pts is not None for packet in packets)
+        context = film.video.codec_context
+        if not timed or context.name not in PLANNED_CODECS:
+            return _read_frames_in_full(data, choose)
+        _require(len(shown) > 0, "the video stream holds no frame")
+        times = [shown[index] for index in choose(len(shown))]
+        frames = _decode_planned(context, packets, set(times))
+        _require(len(frames) == len(set(times)), f"only {len(frames)} of {len(set(times))} wanted frames decode")
+        return [frames[time] for time in times]
 
 
 def read_frames_decord(data: bytes, choose: Choice) -> list[np.ndarray] | None:
@@ -105,40 +103,91 @@ def read_audio(data: bytes, sample_rate_hz: int) -> np.ndarray | None:
 
     Channels are averaged.
     """
-    with _open(data) as container:
-        if not container.streams.audio:
+    with _errors_named():
+        film = _demux(data, "audio")
+        if film.audio is None:
             return None
-        stream = container.streams.audio[0]
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        _check_packets(container, stream, packets, len(data))
-        frames = [frame for packet in [*packets, None] for frame in stream.codec_context.decode(packet)]
+        packets, context = film.packets(film.audio), film.audio.codec_context
+        frames = [frame for packet in [*packets, None] for frame in context.decode(packet)]
         if not frames:
             _require(not packets, "the audio stream does not decode")
             return None  # a track that is declared, and empty
-        rates = {frame.sample_rate for frame in frames}
-        _require(len(rates) == 1, f"the audio changes its sample rate: {sorted(rates)} Hz")
-        waveform = np.concatenate([_mono(frame) for frame in frames])
-        longest = max(frame.samples for frame in frames)
-        promised = float(sum(p.duration or 0 for p in packets if not p.is_discard) * stream.time_base) * frames[0].rate
+        kinds = {(frame.sample_rate, frame.layout.nb_channels, frame.format.name) for frame in frames}
+        _require(len(kinds) == 1, f"the audio changes its form: {sorted(kinds)}")
+        waveform = _mono(frames)
+        source_hz = frames[0].sample_rate
+        promised = float(sum(p.duration or 0 for p in packets if not p.is_discard) * film.audio.time_base) * source_hz
         _require(
-            len(waveform) >= promised * (1 - SHORT) - 2 * longest,
+            len(waveform) >= promised * (1 - SHORT) - 2 * max(frame.samples for frame in frames),
             f"the audio decodes to {len(waveform)} of {promised:.0f} samples",
         )
-    return _resample(waveform, rates.pop(), sample_rate_hz)
+        return _resample(waveform, source_hz, sample_rate_hz)
 
 
 # -- the container ----------------------------------------------------------------------------------------------------
 
 
+class _Film:
+    """An open container, and all packets of its first video and audio stream.
+
+    Attributes:
+        data: the file it was opened from.
+        video, audio: the streams, None where there is none.
+        taken: the streams that were decoded; a decoder that has run once begins a second time with what it remembers.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.container = _open(data)
+        self.video = _video_stream(self.container)
+        self.audio = next(iter(self.container.streams.audio), None)
+        self.taken: set[str] = set()
+        self._packets: dict[int, list] = {}
+        streams = [stream for stream in (self.video, self.audio) if stream is not None]
+        for stream in streams:
+            stream.codec_context.thread_count = 1  # workers are the parallelism; and skipping is per packet only then
+        for packet in self.container.demux(streams):
+            if packet.size:
+                self._packets.setdefault(packet.stream_index, []).append(packet)
+
+    def packets(self, stream) -> list:
+        """The stream's packets in decoding order. Raises CorruptSample when some are missing."""
+        packets = self._packets.get(stream.index, [])
+        _check_packets(self.container, stream, packets, len(self.data))
+        return packets
+
+
+_latest: _Film | None = None
+
+
+def _demux(data: bytes, stream: str) -> _Film:
+    """The opened film, to decode `stream` ("video", "audio"). The latest one is kept, since a sample's frames and sound
+    are asked for one after the other."""
+    global _latest
+    if _latest is None or _latest.data is not data or stream in _latest.taken:
+        if _latest is not None:
+            _latest.container.close()
+            _latest = None
+        _latest = _Film(data)
+    _latest.taken.add(stream)
+    return _latest
+
+
+def _open(data: bytes):
+    import av
+
+    container = av.open(io.BytesIO(data), metadata_errors="replace")
+    _require(len(container.streams) > 0, "its header names no stream")
+    return container
+
+
 @contextlib.contextmanager
-def _open(data: bytes) -> Iterator:
-    """An open container. Whatever FFmpeg raises inside the block becomes CorruptSample."""
+def _errors_named() -> Iterator[None]:
+    """Whatever FFmpeg raises becomes CorruptSample."""
     import av
 
     try:
-        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
-            _require(len(container.streams) > 0, "its header names no stream")
-            yield container
+        yield
     except av.FFmpegError as error:
         raise CorruptSample(f"{type(error).__name__}: {_one_line(error)}") from None
 
@@ -166,15 +215,15 @@ def _check_packets(container, stream, packets: list, size: int) -> None:
     """Are all packets there that the header promises, and do they last as long as it says?"""
     kind = stream.type
     if "mp4" in container.format.name:  # an index of every packet; `stream.frames` also counts what an edit list cuts
-        index = stream.index_entries
-        end = max((entry.pos + entry.size for entry in index), default=0)
+        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         _require(end <= size, f"cut short: its {kind} needs {end} bytes and there are {size}")
-        _require(len(packets) >= len(index), f"holds {len(packets)} of {len(index)} {kind} packets")
     promised = _promised_seconds(container, stream)
     times = [(p.pts, p.duration or 0) for p in packets if p.pts is not None and not p.is_discard]
     if promised is not None and times:
         start, last, end = min(times)[0], max(times)[0], max(pts + duration for pts, duration in times)
         frame = max((last - start) / max(1, len(times) - 1), max(duration for _, duration in times))
+        if stream.duration is None:  # what then stands in its place counts from the container's beginning
+            start = min(start, 0)
         got, slack = float((end - start) * stream.time_base), 2 * float(frame * stream.time_base)
         _require(got >= promised * (1 - SHORT) - slack, f"holds {got:.2f} of {promised:.2f} s of {kind}")
 
@@ -237,22 +286,19 @@ def _ranges(packets: list, wanted: set[int]) -> list[tuple[int, int]]:
 
 def _read_frames_in_full(data: bytes, choose: Choice) -> list[np.ndarray]:
     """Two passes over all frames: count, then pick. For what cannot be planned."""
-    with _open(data) as container:
-        count = sum(1 for _ in container.decode(_single_threaded(container)))
+    count = sum(1 for _ in _all_frames(data))
     _require(count > 0, "the video stream holds no frame")
     wanted = list(choose(count))
-    to_rgb, found = _RGB(), {}
-    with _open(data) as container:
-        for index, frame in enumerate(container.decode(_single_threaded(container))):
-            if index in wanted:
-                found[index] = to_rgb(frame)
+    to_rgb = _RGB()
+    found = {index: to_rgb(frame) for index, frame in enumerate(_all_frames(data)) if index in wanted}
     return [found[index] for index in wanted]
 
 
-def _single_threaded(container):
-    stream = _video_stream(container)
-    stream.codec_context.thread_count = 1
-    return stream
+def _all_frames(data: bytes) -> Iterator:
+    with _open(data) as container:
+        stream = _video_stream(container)
+        stream.codec_context.thread_count = 1
+        yield from container.decode(stream)
 
 
 class _RGB:
@@ -272,12 +318,11 @@ class _RGB:
 # -- audio ------------------------------------------------------------------------------------------------------------
 
 
-def _mono(frame) -> np.ndarray:
-    """An audio frame's mean over channels, float32 (samples,) in [-1, 1]."""
-    samples = frame.to_ndarray()
-    channels = frame.layout.nb_channels
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, channels).T
+def _mono(frames: list) -> np.ndarray:
+    """The mean over channels of audio frames of one form, float32 (samples,) in [-1, 1]."""
+    samples = np.concatenate([frame.to_ndarray() for frame in frames], axis=1)
+    if not frames[0].format.is_planar:
+        samples = samples.reshape(-1, frames[0].layout.nb_channels).T
     if samples.dtype == np.uint8:
         samples = (samples.astype(np.float32) - 128) / 128
     elif samples.dtype.kind == "i":

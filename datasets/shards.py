@@ -33,6 +33,7 @@ VERSION = 1  # of the sidecar's columns
 NO_BUCKET = -1
 VIDEO, AUDIO, CAPTIONS, UNREADABLE = 1, 2, 4, 8  # flags of a part
 SUFFIX = ".index.npz"
+TEXT_EXTENSIONS = ("json", "txt")
 OPEN_SHARDS = 64  # file descriptors one process keeps
 
 PER_SAMPLE = ("key_bytes", "parts", "bucket", "captions", "frames", "seconds", "offset")
@@ -303,34 +304,28 @@ def _examine(part: Part, data: bytes, facts: dict[str, Any], where: str) -> int:
         facts["frames"] = facts["frames"] or info.frames
         facts["seconds"] = max(facts["seconds"], info.seconds)
         return VIDEO * info.video | AUDIO * info.audio
-    if part.name == "json":
-        try:
-            annotation = read_annotation({"json": data})
-        except CorruptSample:
-            return UNREADABLE
-        bucket = annotation.get("bucket", NO_BUCKET)
-        if not isinstance(bucket, int) or isinstance(bucket, bool) or (bucket < 0 and "bucket" in annotation):
-            raise InputError(f"{where}: bucket {bucket!r} is not a whole number from 0; write the shard again")
-        facts["bucket"] = bucket
-    if part.name in ("json", "txt"):
-        try:
-            captions = read_captions({part.name: data})
-        except CorruptSample:
-            return UNREADABLE
-        facts["captions"] = max(facts["captions"], len(captions))
-        return CAPTIONS * bool(captions)
-    return 0
+    if part.name.rpartition(".")[2] not in TEXT_EXTENSIONS:
+        return 0
+    try:
+        captions = read_captions(part.name, data)
+        annotation = read_annotation(data) if part.name == "json" else {}
+    except CorruptSample:
+        return UNREADABLE
+    if "bucket" in annotation:
+        facts["bucket"] = annotation["bucket"]
+        if type(facts["bucket"]) is not int or facts["bucket"] < 0:
+            raise InputError(f"{where}: bucket {facts['bucket']!r} is no whole number from 0; write the shard again")
+    facts["captions"] = max(facts["captions"], len(captions))
+    return CAPTIONS * bool(captions)
 
 
 # -- text parts -------------------------------------------------------------------------------------------------------
 
 
-def read_annotation(parts: dict[str, bytes]) -> dict[str, Any]:
-    """The JSON object of the part `json`, empty when there is none. Raises CorruptSample when it is not an object."""
-    if "json" not in parts:
-        return {}
+def read_annotation(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`. Raises CorruptSample when it is none."""
     try:
-        annotation = json.loads(parts["json"])
+        annotation = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CorruptSample(f"its json does not parse: {' '.join(str(error).split())}") from None
     if not isinstance(annotation, dict):
@@ -338,21 +333,21 @@ def read_annotation(parts: dict[str, bytes]) -> dict[str, Any]:
     return annotation
 
 
-def read_captions(parts: dict[str, bytes]) -> tuple[str, ...]:
-    """All captions: `captions`, `caption` or `desc` (text or list) of the part `json`, else the lines of `txt`.
+def read_captions(name: str, data: bytes) -> tuple[str, ...]:
+    """All captions of a part: `captions`, `caption` or `desc` (text or list) of a JSON object, else lines of text.
 
     Raises CorruptSample when they are not text.
     """
-    annotation = read_annotation(parts)
-    name = next((name for name in ("captions", "caption", "desc") if name in annotation), None)
-    if name is not None:
-        value = annotation[name]
-        captions = [value] if isinstance(value, str) else value
+    if name.rpartition(".")[2] == "json":
+        annotation = read_annotation(data)
+        key = next((key for key in ("captions", "caption", "desc") if key in annotation), None)
+        captions = annotation.get(key, [])
+        captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise CorruptSample(f"its {name} is not text nor a list of texts")
+            raise CorruptSample(f"its {key} is not text nor a list of texts")
     else:
         try:
-            captions = parts.get("txt", b"").decode().splitlines()
+            captions = data.decode().splitlines()
         except UnicodeDecodeError as error:
-            raise CorruptSample(f"its txt is not UTF-8: {error.reason}") from None
+            raise CorruptSample(f"its {name} is not UTF-8: {error.reason}") from None
     return tuple(caption.strip() for caption in captions if caption.strip())

@@ -97,7 +97,9 @@ class Source:
         self.empty = {name: decoder_of(spec).empty(spec) for name, spec in self.specs.items()}
         self.index = Index.open(pattern)
         self.bucketed = bool((self.index.bucket != NO_BUCKET).any())
-        self._parts = {part for names in self.fields.values() for part in names} | {"json", "txt"}
+        texts = [self.fields[name] for name, spec in self.specs.items() if spec.kind == "tokens"]
+        self._captions = texts[0] if texts else ("json", "txt")
+        self._parts = {part for names in (*self.fields.values(), self._captions) for part in names}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -131,7 +133,8 @@ class Source:
         Raises CorruptSample when any wanted part of it is broken.
         """
         parts = self.index.read(sample, only=self._parts)
-        captions = read_captions(parts)
+        captions = (read_captions(name, parts[name]) for name in self._captions if name in parts)
+        captions = next(filter(None, captions), ())
         inputs = {}
         for name, spec in self.specs.items():
             rng = None if seed is None else draw(seed, position, f"decode {name}")
@@ -243,7 +246,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
-            if isinstance(batch, InputError):  # raised here, its message stays one line
+            if isinstance(batch, InputError):
                 raise batch
             yield batch
 
@@ -252,23 +255,30 @@ def _as_is(batch: Batch | InputError) -> Batch | InputError:
     return batch
 
 
-class _TrainBatches(Dataset):
-    """Step -> this rank's batch."""
+class _Numbered(Dataset):
+    """Number -> batch; the user's mistake is handed over as it is, since DataLoader would bury it in a traceback."""
+
+    def __getitem__(self, number: int) -> Batch | InputError:
+        skipped: list[Skip] = []
+        try:
+            with _one_thread():
+                clips = [self._clip(row, skipped) for row in self._rows(number)]
+        except InputError as error:
+            return error
+        return collate(clips, self.source.empty, skipped)
+
+
+class _TrainBatches(_Numbered):
+    """Step -> this rank's batch; its rows are positions."""
 
     def __init__(self, source: Source, batch_size: int, rank: int, world: int, seed: int) -> None:
         self.source, self.seed = source, seed
         self.plan = Plan(len(source), seed)
         self.batch_size, self.rank, self.share = batch_size, rank, batch_size // world
 
-    def __getitem__(self, step: int) -> Batch | InputError:
+    def _rows(self, step: int) -> range:
         first = step * self.batch_size + self.rank * self.share
-        skipped: list[Skip] = []
-        try:
-            with _one_thread():
-                clips = [self._clip(position, skipped) for position in range(first, first + self.share)]
-        except InputError as error:
-            return error
-        return collate(clips, self.source.empty, skipped)
+        return range(first, first + self.share)
 
     def _clip(self, position: int, skipped: list[Skip]) -> Clip:
         sample = self.plan.sample(position)
@@ -285,18 +295,15 @@ class _TrainBatches(Dataset):
         )
 
 
-class _EvalBatches(Dataset):
-    """Number -> this rank's batch."""
+class _EvalBatches(_Numbered):
+    """Number -> this rank's batch; its rows are samples, and padding behind the last one."""
 
     def __init__(self, source: Source, rows: int, rank: int, world: int) -> None:
         self.source, self.rows, self.rank, self.world = source, rows, rank, world
 
-    def __getitem__(self, number: int) -> Batch:
-        skipped: list[Skip] = []
-        samples = (self.rank + self.world * (number * self.rows + row) for row in range(self.rows))
-        with _one_thread():
-            clips = [self._clip(sample, skipped) for sample in samples]
-        return collate(clips, self.source.empty, skipped)
+    def _rows(self, number: int) -> range:
+        first = self.rank + self.world * number * self.rows
+        return range(first, first + self.world * self.rows, self.world)
 
     def _clip(self, sample: int, skipped: list[Skip]) -> Clip:
         if sample >= len(self.source):

@@ -68,12 +68,10 @@ def members(file: io.RawIOBase, shard: str) -> Iterator[tuple[str, int, int, int
         if kind in REGULAR and "size" in pax:
             size = int(pax["size"])
         content, following = position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
-        if content + size > end:
-            raise InputError(f"{shard} is cut short: byte {content + size} of {end}; copy or write it again")
         if kind == LONG_NAME:
             long_name = _text(os.pread(file.fileno(), size, content))
         elif kind == PAX:
-            pax = _pax(os.pread(file.fileno(), size, content))
+            pax = _pax(os.pread(file.fileno(), size, content), f"{shard}: the extended header at byte {position}")
         elif kind in REGULAR:
             yield pax.get("path") or long_name or _name(header), first, content, size
         if kind not in (LONG_NAME, PAX):  # those belong to the member behind them, which starts with them
@@ -107,12 +105,14 @@ def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
-def _pax(content: bytes) -> dict[str, str]:
-    """The records `<length> <key>=<value>\\n` of an extended header."""
+def _pax(content: bytes, where: str) -> dict[str, str]:
+    r"""The records `<length> <key>=<value>\n` of an extended header."""
     records: dict[str, str] = {}
     while content.strip(b"\0"):
-        length = int(content.split(b" ", 1)[0])
-        key, _, value = content[:length].split(b" ", 1)[1].partition(b"=")
-        records[key.decode()] = value[:-1].decode("utf-8", "backslashreplace")
+        record = re.match(rb"(\d{1,9}) ([^=]+)=", content)
+        if record is None or int(record[1]) <= record.end():
+            raise InputError(f"{where} is damaged; copy or write it again")
+        length = int(record[1])
+        records[_text(record[2])] = content[record.end() : length - 1].decode("utf-8", "backslashreplace")
         content = content[length:]
     return records

@@ -65,7 +65,7 @@ def _run(config: Config) -> str:
     from .loop import train
 
     preflight.check_config(config)
-    preflight.prepare_run_directory(config.run)
+    config.run.mkdir(parents=True, exist_ok=True)
     if preflight.is_finished(config):
         if _main_process():
             print(f"{config.run} has finished its {config.train.steps} steps; nothing is left to do", file=sys.stderr)

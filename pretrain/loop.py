@@ -23,6 +23,7 @@ import torch
 
 from ..datasets.batch import Batch, Skip
 from ..datasets.stream import Source, train_batches
+from ..evals.cli import checkpoint_folder
 from ..modalities.model import MultimodalModel
 from ..modalities.weights import load_matching
 from ..objectives import OBJECTIVES, Loss
@@ -132,8 +133,14 @@ def build_module(config: Config, folder: Path | None, messages: list[str]) -> Tr
     if folder:
         checkpoints.load_weights(folder, module)
     elif config.init_from:
-        messages.append(f"weights of {config.init_from}: {load_matching(model, config.init_from)}")
+        messages.append(str(load_matching(model, weights_source(config.init_from))))
     return module
+
+
+def weights_source(init_from: str) -> str:
+    """What `init_from` means: of a run directory, its best checkpoint."""
+    run = Path(init_from)
+    return str(checkpoint_folder(run)[0]) if (run / "checkpoints").is_dir() else init_from
 
 
 def exchange(engine: Engine, loss: Loss, **counts: int) -> tuple[dict[str, float], dict[str, int]]:

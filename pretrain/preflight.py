@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import tempfile
 
 import yaml
 
-from ..datasets.registry import InputError, nearest
+from ..datasets.registry import InputError
 from ..datasets.stream import Source
-from ..evals.harness import TASKS
+from ..evals import harness
 from ..modalities import TOWERS
 from ..modalities.model import MultimodalModel
+from ..modalities.weights import load_matching
 from ..objectives import OBJECTIVES
 from . import state as checkpoints
 from .config import Config, load
+from .loop import weights_source
 
 MAY_CHANGE = ("name", "run", "data.workers", "checkpoint", "log", "evals", "distributed")
 """Options that a resumed run may have other values of: none of them changes what is learned."""
@@ -30,20 +32,19 @@ def check(recipe: str, overrides: list[str]) -> dict:
 
 
 def check_config(config: Config) -> dict:
-    """As `check`, of a configuration that is loaded already. Writes nothing but the run directory itself."""
+    """As `check`, of a configuration that is loaded already. Writes nothing that stays."""
     OBJECTIVES.validate(config.objective.name, config.objective.options)
+    harness.check_tasks(config.evals.tasks)
     for name, modality in config.modalities.items():
         try:
             TOWERS.validate(modality.tower.name, modality.tower.options)
         except InputError as error:
             raise InputError(f"modalities.{name}.tower: {error}") from None
-    for task, options in config.evals.tasks.items():
-        TASKS.validate(task, options)
     check_run_directory(config)
     model = MultimodalModel(config.tree()["modalities"], config.dim)
-    anchor = config.objective.options.get("anchor")
-    if anchor is not None and anchor not in model.names:
-        raise InputError(f"objective.anchor={anchor!r} is no modality of this recipe; {nearest(anchor, model.names)}")
+    OBJECTIVES.build(config.objective.name, **config.objective.options).check(model.names)
+    if config.init_from and not checkpoints.find(config.run)[0]:
+        load_matching(model, weights_source(config.init_from))
     found = {}
     for split in ("train", "val", "test"):
         pattern = getattr(config.data, split)
@@ -72,8 +73,13 @@ def check_run_directory(config: Config) -> None:
     if existing.is_file():
         _same_run(yaml.safe_load(existing.read_text()), config)
     nearest_parent = next(p for p in (run, *run.absolute().parents) if p.exists())
-    if not nearest_parent.is_dir() or not os.access(nearest_parent, os.W_OK):
-        raise InputError(f"run={run}: {nearest_parent} is not a writable folder; choose another run=")
+    try:  # permission bits say nothing of full disks, read-only mounts and root
+        with tempfile.TemporaryFile(dir=nearest_parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"run={run}: nothing can be written into {nearest_parent} ({error.strerror}); choose another run="
+        ) from None
 
 
 def _same_run(former: dict, config: Config) -> None:
@@ -97,14 +103,3 @@ def is_finished(config: Config) -> bool:
     """The run has taken all its steps and its last checkpoint is whole."""
     folder, _ = checkpoints.find(config.run)
     return folder is not None and folder.name == checkpoints.folder_name(config.train.steps)
-
-
-def prepare_run_directory(run: Path) -> None:
-    """Make the run directory and prove that it can be written."""
-    probe = run / ".probe"
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"run={run} cannot be written: {error.strerror}; choose another run=") from None

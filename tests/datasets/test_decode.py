@@ -11,7 +11,7 @@ import torch
 from torchaudio.compliance import kaldi
 
 from trivium.datasets.decode import chunk_indices, decode, decoder_of
-from trivium.datasets.media import CorruptSample, read_frames
+from trivium.datasets.media import CorruptSample, read_audio, read_frames
 from trivium.datasets.registry import InputError
 from trivium.modalities import FbankSpec, FrameSpec, TokenSpec
 
@@ -119,12 +119,12 @@ def test_decord_and_pyav_make_the_same_input(mp4, rng):
 # -- sound ------------------------------------------------------------------------------------------------------------
 
 
-def wav(waveform: np.ndarray) -> bytes:
+def wav(waveform: np.ndarray, sample_rate_hz: int = 16_000) -> bytes:
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
-        file.setframerate(16_000)
+        file.setframerate(sample_rate_hz)
         file.writeframes(waveform.astype("<i2").tobytes())
     return buffer.getvalue()
 
@@ -162,6 +162,24 @@ def test_fbank_is_kaldis_normalised_and_padded():
     assert got.shape == (1, 160, 128) and got.dtype == torch.float32
     assert len(expected) == 118 and bool((got[0, 118:] == 0).all())
     np.testing.assert_allclose(got[0, :118].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mel_bins": 64}, {"mel_bins": 80, "sample_rate_hz": 8000}, {"frame_shift_ms": 12.5}]
+)
+def test_fbank_equals_torchaudios(options):
+    spec = FbankSpec(length=420, **options)
+    sound = wav(noise(2.0), spec.sample_rate_hz)
+    reference = kaldi.fbank(
+        torch.from_numpy(read_audio(sound, spec.sample_rate_hz))[None] * 2**15,
+        num_mel_bins=spec.mel_bins,
+        sample_frequency=spec.sample_rate_hz,
+        frame_shift=spec.frame_shift_ms,
+        dither=0.0,
+    )
+    got = decode({"wav": sound}, spec)["fbank"][0, : len(reference)] * (2 * spec.std) + spec.mean
+    assert 150 < len(reference) < 420
+    torch.testing.assert_close(got, reference, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("clips, length, seconds", [(1, 50, 3.0), (3, 40, 3.0), (3, 200, 3.0), (4, 30, 0.1)])

@@ -31,6 +31,7 @@ FILES = {
     "all key frames": {"options": {"g": "1"}},
     "variable rate": {"times": [i * 4 + (i * i) % 7 + i // 10 * 50 for i in range(60)], "options": {"g": "25"}},
     "matroska": {"container": "matroska", "options": {"g": "10", "x264-params": "open-gop=1"}},
+    "matroska that starts late": {"container": "matroska", "audio": None, "times": [300 + 4 * i for i in range(60)]},
     "fragmented": {"container": "fragmented", "options": {"g": "25"}},
     "avi": {"codec": "mpeg4", "container": "avi", "audio": None},
     "hevc, open groups": {"codec": "libx265", "options": {"x265-params": "keyint=10:open-gop=1:bframes=3:log-level=0"}},
@@ -144,6 +145,17 @@ def test_sound_of_compressed_files_is_complete(container, audio, hz, encode):
     assert abs(spectrum.argmax() * 16_000 / 28_000 - 440) < 1
 
 
+def test_reading_again_gives_the_same(mp4, encode):
+    """Frames and sound of one file share an opened container, in any order and number."""
+    other = encode(frames=10, seed=3)
+    once = read_frames(bytes(bytearray(mp4)), lambda n: [3, 40]), read_audio(bytes(bytearray(mp4)), 16_000)
+    for data in (mp4, mp4, other, mp4):
+        sound, frames = read_audio(data, 16_000), read_frames(data, lambda n: [3, 40] if n == 60 else [3, 4])
+        if data is mp4:
+            assert np.array_equal(sound, once[1])
+            assert all(np.array_equal(a, b) for a, b in zip(frames, once[0], strict=True))
+
+
 # -- broken and odd files ---------------------------------------------------------------------------------------------
 
 
@@ -201,6 +213,16 @@ def test_broken_video_is_corrupt(case, reader, mp4):
 def test_broken_sound_is_corrupt(case, mp4):
     with pytest.raises(CorruptSample):
         read_audio(BROKEN[case](mp4), 16_000)
+
+
+def test_one_missing_frame_is_noticed(mp4):
+    """Shorter by less than any tolerance: the index names bytes that are not there."""
+    data = front(mp4)
+    with av.open(io.BytesIO(data)) as container:
+        last = max(entry.pos + entry.size for entry in container.streams.video[0].index_entries)
+    assert len(read_frames(data[:last], lambda n: range(n))) == 60
+    with pytest.raises(CorruptSample, match="cut short"):
+        read_frames(data[: last - 1], lambda n: range(n))
 
 
 def test_front_is_the_same_film(mp4):

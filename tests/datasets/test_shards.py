@@ -139,6 +139,15 @@ def test_a_tar_that_is_cut_short_is_named(tmp_path, keep):
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_extended_header_is_named(tmp_path):
+    path = make_tar(tmp_path / "pax.tar", [("é" * 80 + ".txt", b"1")], tarfile.PAX_FORMAT)
+    data = path.read_bytes()
+    for damage in (b"99999999999", b"\xff\xff\xff\xff", b"0 path=", b"12 no"):
+        path.write_bytes(data[:512] + damage + data[512 + len(damage) :])
+        with pytest.raises(InputError, match=r"pax\.tar: the extended header at byte 0 is damaged"):
+            Index.open(str(path))
+
+
 @pytest.mark.parametrize(
     "content, why", [(b"not a tar at all " * 100, "damaged"), (b"\x1f\x8b\x08" + b"z" * 900, "compressed")]
 )
@@ -193,7 +202,7 @@ def test_flags_and_facts(tmp_path, encode):
     np.testing.assert_allclose(index.seconds, [1.2, 2.0, 0.0, 2.0], atol=0.05)
 
 
-@pytest.mark.parametrize("bucket", ['"three"', "1.5", "-2", "true", "null"])
+@pytest.mark.parametrize("bucket", ['"three"', "1.5", "-1", "-2", "true", "null"])
 def test_a_bucket_is_a_whole_number(tmp_path, bucket):
     path = make_tar(tmp_path / "s.tar", [("a.json", b'{"bucket": %s}' % bucket.encode())])
     with pytest.raises(InputError, match=r"s\.tar, sample 'a': bucket"):

@@ -346,6 +346,25 @@ def test_fields_are_read_and_checked(tmp_path, good, specs, encode):
     assert all(bool(present.all()) for present in evaluate(source)[0].present.values())
 
 
+def test_captions_come_from_the_named_part(tmp_path, good, specs):
+    clips = [{"json": clip["json"], "long.txt": f"clip {i}\nis moving".encode()} for i, clip in enumerate(good[:3])]
+    source = Source(write(tmp_path, clips), {"text": specs["text"]}, fields={"text": ["none.json", "long.txt"]})
+    assert source.check() == {"text": 3}
+    (batch,) = evaluate(source)
+    assert batch.captions == tuple((f"clip {i}", "is moving") for i in range(3)) and batch.bucket.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_evaluation_stays_one_line(workers, digits):
+    from tokenizers import Tokenizer, models
+
+    bare = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str()
+    source = Source(str(digits / "val-*.tar"), {"text": TokenSpec(tokenizer=bare, max_tokens=4)})
+    with pytest.raises(InputError, match="no padding token") as error:
+        evaluate(source, workers=workers)
+    assert "\n" not in str(error.value)
+
+
 def test_buckets_for_all_or_none(tmp_path, good, specs):
     bare = [{**clip, "json": b'{"captions": ["x"]}'} for clip in good[:4]]
     source = Source(write(tmp_path / "bare", bare), specs)

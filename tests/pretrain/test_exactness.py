@@ -24,7 +24,7 @@ RATE = 64.0  # of plain SGD: the gradient is the difference of the weights, divi
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijk"]
 MISSING = {
     "none": {},
-    "one rank": {"audio": range(0, 4)},
+    "one rank": {"audio": range(4)},
     "unequal": {"audio": [0, 1, 2, 3, 4, 7], "video": [5]},
     "every sample": {"audio": range(N)},
 }
