@@ -26,12 +26,16 @@ class Pair(NamedTuple):
     peer: list[Seconds]
     ours: list[Seconds]
 
-    def milliseconds(self, side: str) -> float:
-        """Median elapsed time of "peer" or "ours"."""
-        return 1000 * median(run.wall for run in getattr(self, side))
+    def peer_ms(self) -> str:
+        """Median elapsed time in milliseconds."""
+        return _milliseconds(self.peer)
+
+    def our_ms(self) -> str:
+        """Median elapsed time in milliseconds."""
+        return _milliseconds(self.ours)
 
     def ratio(self, clock: str = "wall") -> float:
-        """Median of ours / median of the peer: below 1, ours is faster."""
+        """Median of ours / median of the peer, by "wall" or "cpu" time: below 1, ours is faster."""
         ours, peer = (median(getattr(run, clock) for run in runs) for runs in (self.ours, self.peer))
         return ours / peer
 
@@ -86,6 +90,10 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = [[head.rjust(widths[head]) for head in heads], ["-" * (widths[head] - 1) + ":" for head in heads]]
     lines += [[row[head].rjust(widths[head]) for head in heads] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _milliseconds(runs: list[Seconds]) -> str:
+    return f"{1000 * median(run.wall for run in runs):.1f}"
 
 
 def _processor() -> str:

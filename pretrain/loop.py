@@ -22,20 +22,20 @@ from pathlib import Path
 import torch
 
 from ..datasets.batch import Batch, Skip
-from ..datasets.stream import Source, train_batches
+from ..datasets.stream import Source, eval_batches, train_batches
 from ..evals.cli import checkpoint_folder
 from ..modalities.model import MultimodalModel
 from ..modalities.weights import load_matching
 from ..objectives import OBJECTIVES, Loss
 from . import state as checkpoints
-from .config import Config
+from .config import Config, Patterns
 from .engine import Engine, build_accelerator
 from .health import Stopper, check_corrupt, report_non_finite, write_skips
 from .optim import build_optimizer, freeze, set_learning_rate
 from .state import RunState
 from .step import TrainModule, seed_everything, train_step
 from .telemetry import Clock, Telemetry, batch_geometry
-from .validation import evaluate
+from .validation import Validation
 
 
 def train(config: Config) -> str:
@@ -50,24 +50,28 @@ def train(config: Config) -> str:
     if folder:
         state = checkpoints.load_rest(folder, engine)
         messages.append(f"resumed from {folder.name}")
-    train_source, val_source = (
-        pattern and Source(pattern, module.model.specs, fields=config.data.fields, decoder=config.data.decoder)
-        for pattern in (config.data.train, config.data.val)
-    )
+    train_source = source_of(config, module.model, config.data.train)
+    rank, world, workers = accelerator.process_index, accelerator.num_processes, config.data.workers
     batches = train_batches(
         train_source,
         batch_size=config.train.batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        rank=rank,
+        world=world,
         seed=config.seed,
         start_step=state.step,
         steps=config.train.steps,
-        workers=config.data.workers,
+        workers=workers,
     )
+    validation = None
+    if config.data.val:
+        val_source = source_of(config, module.model, config.data.val)
+        rows = config.evals.batch_size
+        val_batches = eval_batches(val_source, batch_size=rows, rank=rank, world=world, workers=workers)
+        validation = Validation(config, engine, val_batches, len(val_source))
     with Telemetry(config, accelerator, state.step) as telemetry:
         for message in messages:
             telemetry.say(message)
-        return _steps(config, engine, state, batches, len(train_source), val_source, telemetry, stopper)
+        return _steps(config, engine, state, batches, len(train_source), validation, telemetry, stopper)
 
 
 def _steps(
@@ -76,7 +80,7 @@ def _steps(
     state: RunState,
     batches: Iterable[Batch],
     dataset_size: int,
-    val_source: Source | None,
+    validation: Validation | None,
     telemetry: Telemetry,
     stopper: Stopper,
 ) -> str:
@@ -112,8 +116,8 @@ def _steps(
             skips = write_skips(config.run, engine, skips)  # all ranks
             check_corrupt(config, state, dataset_size)
         best = False
-        if val_source and (last or (config.evals.every and state.step % config.evals.every == 0)):
-            best = evaluate(config, engine, state, val_source, telemetry)  # all ranks
+        if validation and (last or (config.evals.every and state.step % config.evals.every == 0)):
+            best = validation.run(state, telemetry)  # all ranks
         if last or stop or best or totals["due"] or (every.every and state.step % every.every == 0):
             state.seconds += clock.since_saved()
             checkpoints.save(config.run, engine, state, every.keep)  # all ranks
@@ -122,6 +126,11 @@ def _steps(
             return "stopped"
         clock.step_done()
     return "finished"
+
+
+def source_of(config: Config, model: MultimodalModel, pattern: Patterns) -> Source:
+    """The clips that `pattern` names, to be decoded as the model's towers want them."""
+    return Source(pattern, model.specs, fields=config.data.fields, decoder=config.data.decoder)
 
 
 def build_module(config: Config, folder: Path | None, messages: list[str]) -> TrainModule:

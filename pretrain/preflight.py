@@ -8,7 +8,6 @@ import tempfile
 import yaml
 
 from ..datasets.registry import InputError
-from ..datasets.stream import Source
 from ..evals import harness
 from ..modalities import TOWERS
 from ..modalities.model import MultimodalModel
@@ -16,7 +15,7 @@ from ..modalities.weights import load_matching
 from ..objectives import OBJECTIVES
 from . import state as checkpoints
 from .config import Config, load
-from .loop import weights_source
+from .loop import source_of, weights_source
 
 MAY_CHANGE = ("name", "run", "data.workers", "checkpoint", "log", "evals", "distributed")
 """Options that a resumed run may have other values of: none of them changes what is learned."""
@@ -49,7 +48,7 @@ def check_config(config: Config) -> dict:
     for split in ("train", "val", "test"):
         pattern = getattr(config.data, split)
         if pattern is not None:
-            source = Source(pattern, model.specs, fields=config.data.fields, decoder=config.data.decoder)
+            source = source_of(config, model, pattern)
             found[split] = {"clips": len(source)} | (source.check() or {})
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.train.batch_size % world:
