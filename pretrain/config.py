@@ -206,9 +206,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise InputError(f"override {override!r}: {parent!r} is a value, not a section; set it as {parent}=...")
         tree = node
     try:
-        tree[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    old = tree.get(last)
+    if not (isinstance(old, dict) and isinstance(value, str) and old.get("name") == value):
+        tree[last] = value  # the name that is there already keeps its options
 
 
 def _explain(error: ValidationError) -> str:

@@ -40,7 +40,7 @@ def test_demo_prepares_trains_evaluates_reports(folder: Path, words: list[str], 
     assert prepare == ".venv/bin/trivium prepare moving-digits --out data/moving-digits"
     assert train.startswith(".venv/bin/accelerate launch --config_file launch/cpu.yaml ")
     assert train.endswith(f" -m trivium.pretrain demo objective={objective} run={run}")
-    assert evaluate.endswith(f" -m trivium.evals --model {run} --split test")
+    assert evaluate.endswith(f" -m trivium.evals --model {run} --split test --if-needed")
     assert report == f".venv/bin/trivium report {run}"
 
 

@@ -19,6 +19,8 @@ def test_a_name_alone_replaces_the_objective_with_its_options():
     with_options = load("demo", ["objective=gram", "objective.anchor=text"])
     assert with_options.objective.name == "gram" and with_options.objective.options == {"anchor": "text"}
     assert load("demo", ["objective.anchor=text", "objective=infonce"]).objective.options == {}
+    named_again = load("demo", ["objective.anchor=video", "objective=unialign"]).objective
+    assert named_again.name == "unialign" and named_again.options["anchor"] == "video"
 
 
 @pytest.mark.parametrize(
