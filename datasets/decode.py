@@ -20,8 +20,6 @@ from .media import AUDIO_EXTENSIONS, VIDEO_DECODERS, VIDEO_EXTENSIONS, read_audi
 from .registry import InputError, nearest
 from .shards import AUDIO, CAPTIONS, VIDEO, read_captions
 
-CROP_AREA = (0.8, 1.0)  # of the largest square, in training
-
 Inputs = dict[str, Tensor]
 Random = np.random.Generator | None
 
@@ -38,7 +36,7 @@ class Decoder(NamedTuple):
 
     fields: tuple[str, ...]
     flag: int
-    read: Callable[[str, bytes, Any, Random, str], Inputs | None]
+    read: Callable[[str, bytes, Any, Random, str, float], Inputs | None]
     empty: Callable[[Any], Inputs]
 
 
@@ -49,6 +47,7 @@ def decode(
     fields: tuple[str, ...] | None = None,
     rng: Random = None,
     video_decoder: str = "pyav",
+    crop_area: float = 0.8,
 ) -> Inputs | None:
     """The keyword arguments of a tower's forward for one sample, without the batch axis; None when it lacks them.
 
@@ -59,13 +58,14 @@ def decode(
         rng: draws frames, crop, slices and caption; None for evaluation: middle frames and slices, centre crop, first
             caption.
         video_decoder: "pyav" or "decord".
+        crop_area: training keeps a random square of at least this share of the largest one; 1 keeps all of it.
 
     Raises CorruptSample when a part is there and broken.
     """
     decoder = decoder_of(spec)
     for name in fields or decoder.fields:
         if name in parts:
-            inputs = decoder.read(name, parts[name], spec, rng, video_decoder)
+            inputs = decoder.read(name, parts[name], spec, rng, video_decoder, crop_area)
             if inputs is not None:
                 return inputs
     return None
@@ -95,11 +95,13 @@ def chunk_indices(count: int, chunks: int, rng: Random) -> list[int]:
     return (starts + offsets).tolist()
 
 
-def _read_frames(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str) -> Inputs | None:
+def _read_frames(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str, crop_area: float) -> Inputs | None:
     frames = VIDEO_DECODERS[video_decoder](data, lambda count: chunk_indices(count, spec.frames, rng))
     if frames is None:
         return None
-    crop = None if rng is None else tuple(rng.uniform(size=3).tolist())
+    crop = None
+    if rng is not None and crop_area < 1:
+        crop = rng.uniform(crop_area, 1), *rng.uniform(size=2)
     return {"frames": torch.stack([_fit(frame, spec.size, crop) for frame in frames])}
 
 
@@ -108,15 +110,14 @@ def _fit(frame: np.ndarray, size: int, crop: tuple[float, float, float] | None) 
 
     Args:
         crop: None for the whole shorter side and the centre of the longer one, pixels untouched if that is already the
-            size; else three numbers in [0, 1) that choose a square of 80 to 100 % of that area, and where it lies.
+            size; else the share of that area to keep, and two numbers in [0, 1) that choose where the square lies.
     """
     height, width = frame.shape[:2]
     side = full = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     if crop is not None:
         area, down, right = crop
-        low, high = CROP_AREA
-        side = max(1, round(full * (low + (high - low) * area) ** 0.5))
+        side = max(1, round(full * area**0.5))
         top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
     square = torch.from_numpy(frame[top : top + side, left : left + side]).permute(2, 0, 1)
     if side == size:
@@ -131,7 +132,7 @@ def _empty_frames(spec: Any) -> Inputs:
 # -- filter banks -----------------------------------------------------------------------------------------------------
 
 
-def _read_fbank(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str) -> Inputs | None:
+def _read_fbank(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str, crop_area: float) -> Inputs | None:
     waveform = read_audio(data, spec.sample_rate_hz)
     if waveform is None or not len(waveform):
         return None
@@ -191,7 +192,7 @@ def _empty_fbank(spec: Any) -> Inputs:
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def _read_tokens(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str) -> Inputs | None:
+def _read_tokens(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str, crop_area: float) -> Inputs | None:
     captions = read_captions(name, data)
     if not captions:
         return None

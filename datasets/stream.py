@@ -72,6 +72,7 @@ class Source:
         fields: by modality, the parts of a sample it is read from, the first that exists; by default those of the
             spec's kind.
         decoder: video decoder, "pyav" or "decord".
+        crop_area: training keeps a random square of at least this share of a frame's largest one; 1 does not crop.
 
     Raises InputError for a pattern without shards, and for an unknown modality in `fields`, kind or decoder.
     """
@@ -83,6 +84,7 @@ class Source:
         *,
         fields: Mapping[str, str | Sequence[str]] | None = None,
         decoder: str = "pyav",
+        crop_area: float = 0.8,
     ) -> None:
         if decoder not in VIDEO_DECODERS:
             raise InputError(f"no video decoder is called {decoder!r}; {nearest(decoder, VIDEO_DECODERS)}")
@@ -92,6 +94,7 @@ class Source:
         self.pattern = pattern
         self.specs = dict(specs)
         self.decoder = decoder
+        self.crop_area = crop_area
         named = {name: (value,) if isinstance(value, str) else tuple(value) for name, value in (fields or {}).items()}
         self.fields = {name: named.get(name, decoder_of(spec).fields) for name, spec in self.specs.items()}
         self.empty = {name: decoder_of(spec).empty(spec) for name, spec in self.specs.items()}
@@ -138,7 +141,9 @@ class Source:
         inputs = {}
         for name, spec in self.specs.items():
             rng = None if seed is None else draw(seed, position, f"decode {name}")
-            made = decode(parts, spec, fields=self.fields[name], rng=rng, video_decoder=self.decoder)
+            made = decode(
+                parts, spec, fields=self.fields[name], rng=rng, video_decoder=self.decoder, crop_area=self.crop_area
+            )
             if made is not None:
                 inputs[name] = made
         if not inputs:

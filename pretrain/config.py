@@ -48,6 +48,9 @@ class Data(Section):
         None, description="by modality, the parts of a sample (file extensions) it is read from; default by kind"
     )
     decoder: str = Field("pyav", description="video decoder: pyav (planned decode) or decord")
+    crop_area: float = Field(
+        0.8, gt=0, le=1, description="training crops frames to a random square of at least this share; 1 does not crop"
+    )
     workers: int = Field(2, ge=0, description="decoding processes per rank; 0 decodes in the training process")
     corrupt_share: float = Field(
         0.01, ge=0, le=1, description="the run stops when more than this share of the samples seen is corrupt"

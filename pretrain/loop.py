@@ -130,7 +130,8 @@ def _steps(
 
 def source_of(config: Config, model: MultimodalModel, pattern: Patterns) -> Source:
     """The clips that `pattern` names, to be decoded as the model's towers want them."""
-    return Source(pattern, model.specs, fields=config.data.fields, decoder=config.data.decoder)
+    data = config.data
+    return Source(pattern, model.specs, fields=data.fields, decoder=data.decoder, crop_area=data.crop_area)
 
 
 def build_module(config: Config, folder: Path | None, messages: list[str]) -> TrainModule:

@@ -99,7 +99,7 @@ def test_crops_keep_handedness_and_reach_every_edge():
     rng = np.random.default_rng(0)
     corners = []
     for _ in range(300):
-        red, green, _ = _fit(frame, 40, tuple(rng.uniform(size=3)))
+        red, green, _ = _fit(frame, 40, (rng.uniform(0.8, 1), *rng.uniform(size=2)))
         width, height = float(red[0, -1]) - float(red[0, 0]), float(green[-1, 0]) - float(green[0, 0])
         assert 0.97 * 80 * 0.8**0.5 - 3 <= width <= 80 and abs(width - height) <= 2
         corners.append((float(red[0, 0]), float(red[0, -1]), float(green[0, 0]), float(green[-1, 0])))
@@ -301,3 +301,11 @@ def test_empty_inputs_look_like_real_ones(mp4, tokens):
 def test_an_unknown_kind_names_the_known():
     with pytest.raises(InputError, match="did you mean 'frames'"):
         decoder_of(SimpleNamespace(kind="frame"))
+
+
+def test_a_crop_of_everything_is_no_crop(encode):
+    mp4 = {"mp4": encode(frames=16)}
+    whole = decode(mp4, frames_spec(16, 48), rng=None)["frames"]
+    drawn = decode(mp4, frames_spec(16, 48), rng=np.random.default_rng(3), crop_area=1.0)["frames"]
+    assert torch.equal(whole, drawn)
+    assert not torch.equal(whole, decode(mp4, frames_spec(16, 48), rng=np.random.default_rng(3))["frames"])
