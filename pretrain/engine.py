@@ -140,16 +140,10 @@ class Engine:
         return int(slots[0]["step"]) if slots and "step" in slots[0] else 0
 
     def _initialise_moments(self) -> None:
-        """Give every flat partition its zero moments now, so that they can be written before the first step.
-
-        ZeRO-3 has made them by a dummy step, which counted; its counter goes back to 0.
-        """
+        """Give every flat partition its zero moments now, so that they can be written before the first step."""
         zero, base = self.prepared.optimizer, self._base_optimizer()
-        if self.stage == 3:
-            for slot in base.state.values():
-                slot["step"] = torch.tensor(0.0)
-            return
-        for flat in zero.single_partition_of_fp32_groups:
+        flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for flat in flats:
             base.state[flat] = {"step": torch.tensor(0.0)} | {kind: torch.zeros_like(flat) for kind in MOMENTS}
 
     def _fragment(self, parameter: nn.Parameter, kind: str) -> tuple[Tensor, int] | None:
