@@ -1,4 +1,4 @@
-"""Worker processes that end when the run does."""
+"""Processes and threads that leave the cores to others: workers end when the run does, idle threads sleep."""
 
 from __future__ import annotations
 
@@ -19,3 +19,12 @@ def leave_with_the_run(*_: object) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def wait_without_spinning() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, unless the user's environment says otherwise.
+
+    By default they spin, on cores that the decoding workers need. To be called before torch is imported, for OpenMP
+    reads its environment when it is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
