@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from ..datasets.registry import InputError, nearest
 
@@ -103,9 +103,16 @@ class Evals(Section):
     every: int | None = Field(None, gt=0, description="steps between evaluations on data.val; null = only at the end")
     tasks: dict[str, dict[str, Any]] = Field({"retrieval": {}}, description="task name: its options")
     batch_size: int = Field(64, gt=0, description="clips per forward pass of a rank")
-    best: str = Field(
-        "retrieval/text->video/cosine/R@1", description="TASK/METRIC on data.val that chooses the best checkpoint"
+    best: list[str] = Field(
+        ["retrieval/text->video/cosine/R@1"],
+        min_length=1,
+        description="TASK/METRIC on data.val, one or several: the checkpoint with the highest mean of them is the best",
     )
+
+    @field_validator("best", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class Checkpoint(Section):
@@ -240,7 +247,8 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, s
     """Every option by its dotted name, with its meaning and default: the text of `--help`."""
     lines: dict[str, str] = {}
     for key, field in section.model_fields.items():
-        default = "" if field.is_required() or isinstance(field.default, (BaseModel, list)) else f" [{field.default}]"
+        silent = field.is_required() or isinstance(field.default, (BaseModel, list))
+        default = "" if silent else f" [{yaml.safe_dump(field.default).splitlines()[0]}]"  # as a recipe spells it
         lines[prefix + key] = f"{field.description}{default}"
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):

@@ -27,7 +27,7 @@ class Validation:
         self.config, self.engine, self.batches, self.total = config, engine, batches, total
 
     def run(self, state: RunState, telemetry: Telemetry) -> bool:
-        """Evaluate, append to evals.jsonl. All ranks. True when the metric that chooses the best checkpoint rose."""
+        """Evaluate, append to evals.jsonl. All ranks. True when what chooses the best checkpoint rose."""
         self.engine.module.eval()
         results = harness.evaluate(self._encode, self.batches, self.total, self.config.evals.tasks)  # all ranks
         if self.engine.accelerator.is_main_process:
@@ -36,11 +36,12 @@ class Validation:
             if result.error:
                 telemetry.say(f"evaluation {result.task} failed at step {state.step}: {result.error}")
         metrics = {f"{result.task}/{name}": value for result in results for name, value in result.metrics.items()}
-        value = metrics.get(self.config.evals.best)
-        if value is None:
-            telemetry.say(f"step {state.step}: val has no metric {self.config.evals.best!r}; evals.best cannot choose")
+        best = self.config.evals.best
+        if absent := [name for name in best if name not in metrics]:
+            telemetry.say(f"step {state.step}: val has no metric {absent[0]!r}; evals.best cannot choose")
             return False
-        telemetry.say(f"step {state.step}: val {self.config.evals.best} {value:.1f}")
+        value = sum(metrics[name] for name in best) / len(best)
+        telemetry.say(f"step {state.step}: val " + ", ".join(f"{name} {metrics[name]:.1f}" for name in best))
         if state.best is not None and value <= state.best:
             return False
         state.best, state.best_step = value, state.step
