@@ -184,7 +184,7 @@ def main() -> None:
     options.add_argument("--objectives", type=listed(_objective), default=list(NAIVE), help=f"[{','.join(NAIVE)}]")
     options.add_argument("--batch-sizes", type=listed(positive), default=[512, 1024, 2048], help="[512,1024,2048]")
     options.add_argument("--dim", type=positive, default=512, help="of the vectors [512]")
-    options.add_argument("--tile", type=positive, default=2048, help="side of Trivium's score tiles [2048, as shipped]")
+    options.add_argument("--tile", type=positive, default=None, help="side of Trivium's score tiles [2048, as shipped]")
     options.add_argument("--repeats", type=positive, default=7, help="timed runs of each side [7]")
     chosen = options.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # in the processes to come freed memory is returned at once

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from ..datasets.registry import InputError, nearest
 from . import Features, InputSpec, build
 
+FEATURES = "features/"
+
 
 class MultimodalModel(nn.Module):
     """Towers and heads for any set of modalities.
@@ -74,9 +76,14 @@ class MultimodalModel(nn.Module):
             z = head(pooled.to(head.weight.dtype))
         return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1), features  # in bf16 it is not unit
 
-    def forward(self, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """By modality, unit vectors (n, D). Every tower runs, whatever is present: collectives stay in step."""
-        return {name: self.encode(name, inputs[name])[0] for name in self.towers}
+    def forward(self, inputs: Mapping[str, Mapping[str, Tensor]], *, features: bool = False) -> dict[str, Tensor]:
+        """By modality, unit vectors (n, D). Every tower runs, whatever is present: collectives stay in step.
+
+        With `features` also, by `FEATURES + modality`, what its tower says before the head, (n, width).
+        """
+        encoded = {name: self.encode(name, inputs[name]) for name in self.towers}
+        vectors = {name: z for name, (z, _) in encoded.items()}
+        return vectors | ({FEATURES + name: found.pooled for name, (_, found) in encoded.items()} if features else {})
 
 
 def _parse(name: str, part: Mapping[str, Any]) -> tuple[str, dict[str, Any], bool]:

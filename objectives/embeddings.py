@@ -36,9 +36,12 @@ class Embeddings:
         names: the modalities, in the recipe's order; the same on every rank.
         z: by modality, float32 or float64 (n, D), unit length; rows with `valid` False are zeros, whatever came in.
         valid: by modality, bool (n,): the sample has this modality.
+        start: index of the first row in the global batch.
         rows: int64 (n,), index of each row in the global batch.
         keys: n sample keys, or empty.
         bucket: int64 (n,) or None.
+        features: by modality, what the tower says of a sample before the head, (n, width), as `z` masked and in
+            float32 or float64; None unless an objective needs "features".
     """
 
     def __init__(
@@ -48,18 +51,24 @@ class Embeddings:
         *,
         keys: tuple[str, ...] = (),
         bucket: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.names = tuple(z)
         first = z[self.names[0]]
         n, device = first.shape[0], first.device
         everything = torch.ones(n, dtype=torch.bool, device=device)
         self.valid = {name: everything if valid is None else valid[name].to(device) for name in self.names}
-        self.z = {name: _scorable(x).masked_fill(~self.valid[name][:, None], 0) for name, x in z.items()}
-        self.rows = gather.rank() * n + torch.arange(n, device=device)
+        self.z = self._masked(z)
+        self.features = None if features is None else self._masked(features)
+        self.start = gather.rank() * n
+        self.rows = self.start + torch.arange(n, device=device)
         self.keys = keys
         self.bucket = bucket
         self._columns: dict[str, Tensor] = {}
         self._columns_valid: dict[str, Tensor] = {}
+
+    def _masked(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _scorable(x).masked_fill(~self.valid[name][:, None], 0) for name, x in vectors.items()}
 
     def columns(self, name: str) -> Tensor:
         """All vectors of one modality, (N, D), gathered once; differentiable for every rank's rows."""
@@ -92,8 +101,30 @@ class Embeddings:
         number on each rank; 0 (with a gradient of 0) where there is none. Others never enter, not even as NaN.
         """
         local_sum = torch.where(mask, values, torch.zeros_like(values)).sum()
-        count = gather.all_sum(mask.sum().to(values.dtype))
+        return self.ratio(local_sum, mask.sum())
+
+    def ratio(self, local_sum: Tensor, local_count: Tensor) -> Tensor:
+        """This rank's share of a sum over all ranks divided by a count over all ranks; 0 where the count is 0.
+
+        The shares' mean over ranks is the ratio. The sum may have any shape, the count is a number.
+        """
+        count = gather.all_sum(local_count.to(local_sum.dtype))
         return gather.world_size() * local_sum / count.clamp_min(1)
+
+    def count(self, mask: Tensor) -> Tensor:
+        """How many entries of the mask hold in the global batch, int64."""
+        return gather.all_sum(mask.sum())
+
+    def log_mean_exp(self, values: Tensor, mask: Tensor) -> Tensor:
+        """log mean exp of `values` over the entries of the global batch where `mask` holds: whole, not a share.
+
+        Differentiable. There must be such an entry; others never enter.
+        """
+        kept = values.masked_fill(~mask, -torch.inf)
+        peak = gather.all_max(kept.detach().amax())
+        # exp(-inf) has a gradient of 0, but -inf - peak would give NaN through masked values: they are constants here
+        total = gather.all_sum((kept - peak).exp().sum())
+        return total.log() + peak - self.count(mask).to(values.dtype).log()
 
 
 def _scorable(x: Tensor) -> Tensor:
@@ -102,12 +133,21 @@ def _scorable(x: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Base of all objectives; see the package docstring for the contract."""
+    """Base of all objectives; see the package docstring for the contract.
+
+    Attributes:
+        needs: what it wants beyond unit vectors: "bucket" (every sample has a bucket id), "features" (of the towers,
+            before the heads).
+    """
 
     needs: frozenset[str] = frozenset()
 
     def check(self, names: tuple[str, ...]) -> None:
         """Raise InputError where the options do not fit a model with these modalities. Called before the first step."""
+
+    def setup(self, names: tuple[str, ...], dim: int, widths: Mapping[str, int]) -> None:
+        """Make the parameters that depend on the model: its modalities, the dimension D of its space and, by modality,
+        the width of its tower's features. Called once, before the objective trains."""
 
     def forward(self, z: Embeddings) -> Loss:
         raise NotImplementedError

@@ -11,17 +11,20 @@ and D and A depend on the tuple z alone: N tuples need N small determinants, not
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..datasets.registry import InputError
 from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
 from .matching import checked_smoothing, match_both_ways
+from .precision import full_precision
 from .temperature import Temperature
-from .tiled import Inputs, full_precision
+from .tiled import Inputs
 
 # In shapes: n anchors (rows), N tuples (columns) of K members, M = K + 1 vectors, width D, tiles of t by u
 EPSILON = 1e-24  # smallest V² under the root, whose slope at 0 is infinite
@@ -48,7 +51,8 @@ class Gram(Objective):
         label_smoothing: share of the target spread evenly over all candidates, in [0, 1).
         compat: "gram" gives the gradients of the authors' released code, in which the gathered side is a constant:
             anchors learn from the first half of the loss only, the others from the second only.
-        tile: side of the score tiles in memory; the loss does not depend on it.
+        tile: side of the score tiles in memory, by default 512 on a CPU and 4096 on a GPU; the loss does not depend on
+            it.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class Gram(Objective):
         temperature_range: tuple[float, float] = (0.01, 1.0),
         label_smoothing: float = 0.1,
         compat: Literal["gram"] | None = None,
-        tile: int = 2048,
+        tile: int | None = None,
     ) -> None:
         super().__init__()
         self.anchor = anchor
@@ -136,7 +140,7 @@ def volume_scores(anchor: Tensor, others: list[Tensor]) -> Tensor:
 
 
 def volume_score(rows: Inputs, columns: Inputs, shared: Inputs) -> Tensor:
-    """-scale * V of anchors and tuples, (t, u): the score that `tiled_logsumexp` takes."""
+    """-scale * V of anchors and tuples, (t, u): the score that `marginals` takes."""
     return -shared[0] * _volumes(rows, columns)
 
 
@@ -171,10 +175,63 @@ def _determinant(matrix: list[list[Tensor]]) -> Tensor:
 
 def _volumes(anchors: Inputs, tuples: Inputs) -> Tensor:
     """V (t, u) of t anchors and u tuples."""
-    (anchor, square), (basis, first_row, determinant, adjugate) = anchors, tuples
-    products = [anchor @ basis[:, k].T - first_row[:, k] for k in range(basis.shape[1])]
-    edge_square = square[:, None] - first_row[:, 0] - 2 * products[0]
-    return _root(edge_square, products, determinant, adjugate)
+    return _TileVolumes.apply(*anchors, *tuples)
+
+
+class _TileVolumes(torch.autograd.Function):
+    """`_volumes` with its derivative written out: autograd would keep and walk a dozen matrices (t, u), not K + 1.
+
+    With h_k = x . b_k - f_k, |e|² = |x|² - f_1 - 2 h_1 and A symmetric, V² = |e|² D - h' A h.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, square: Tensor, basis: Tensor, first_row: Tensor, determinant: Tensor, adjugate: Tensor
+    ):
+        products = [torch.addmm(-first_row[:, k], x, basis[:, k].T) for k in range(basis.shape[1])]
+        volume = _edge_square(square, first_row, products).mul_(determinant)
+        for k, h in enumerate(products):
+            volume.addcmul_(h, _weighted(adjugate, k, products), value=-1)
+        volume.clamp_min_(EPSILON).sqrt_()
+        ctx.save_for_backward(x, square, basis, first_row, determinant, adjugate, volume, *products)
+        return volume
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_volume: Tensor):
+        x, square, basis, first_row, determinant, adjugate, volume, *products = ctx.saved_tensors
+        d = (d_volume / volume).mul_(0.5)  # towards V², which is constant where it was clamped
+        d.masked_fill_(volume <= 1.0001 * math.sqrt(EPSILON), 0)
+        d_determinant = _edge_square(square, first_row, products).mul_(d).sum(0)
+        d_square = d @ determinant
+        d_first_row, d_basis, d_x = torch.empty_like(first_row), torch.empty_like(basis), torch.zeros_like(x)
+        d_adjugate = torch.empty_like(adjugate)
+        for k, h in enumerate(products):
+            scaled = d * h
+            for m in range(k, len(products)):
+                d_adjugate[:, k, m] = d_adjugate[:, m, k] = -(scaled * products[m]).sum(0)
+            d_product = _weighted(adjugate, k, products)
+            if k == 0:
+                d_product.add_(determinant)
+            d_product.mul_(d).mul_(-2)
+            d_first_row[:, k] = -d_product.sum(0)
+            d_basis[:, k] = d_product.T @ x
+            d_x.addmm_(d_product, basis[:, k])
+        d_first_row[:, 0] -= d.sum(0) * determinant
+        return d_x, d_square, d_basis, d_first_row, d_determinant, d_adjugate
+
+
+def _edge_square(square: Tensor, first_row: Tensor, products: list[Tensor]) -> Tensor:
+    """|e|² (t, u), e from the first member of each tuple to each anchor."""
+    return torch.sub(square[:, None] - first_row[:, 0], products[0], alpha=2)
+
+
+def _weighted(adjugate: Tensor, k: int, products: list[Tensor]) -> Tensor:
+    """Row k of A h, (t, u)."""
+    total = adjugate[:, k, 0] * products[0]
+    for m in range(1, len(products)):
+        total.addcmul_(adjugate[:, k, m], products[m])
+    return total
 
 
 def _root(edge_square: Tensor, products: list[Tensor], determinant: Tensor, adjugate: Tensor) -> Tensor:

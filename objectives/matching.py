@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..datasets.registry import InputError
 from .embeddings import Embeddings
-from .tiled import Inputs, Score, tiled_logsumexp
+from .tiled import Inputs, Score, marginals
 
 
 def match_both_ways(
@@ -21,21 +21,21 @@ def match_both_ways(
     column_mask: Tensor,
     both: Tensor,
     label_smoothing: float,
-    tile: int,
+    tile: int | None,
 ) -> tuple[Tensor, Tensor]:
     """This rank's shares of the two losses: rows find their column, columns find their row. One pass over the tiles.
 
     A sample without its partner has no positive and leaves the mean, but what it has still serves as a negative.
 
     Args:
-        score, rows, columns, shared, tile: as `tiled_logsumexp` takes them.
+        score, rows, columns, shared, tile: as `marginals` takes them.
         positive: (n,), the score of each of this rank's samples with its own partner.
         row_mask: bool (n,), samples that have the row side.
         column_mask: bool (N,), samples of the global batch that have the column side.
         both: bool (n,), samples of this rank that have both.
         label_smoothing: share of the target spread evenly over all candidates, in [0, 1).
     """
-    found = tiled_logsumexp(
+    found = marginals(
         score,
         rows,
         columns,

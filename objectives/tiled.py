@@ -1,24 +1,32 @@
-"""Softmax normalisers of a score matrix that is never stored: one primitive for every contrastive objective.
+"""Marginals of a score matrix that is never stored: one primitive for every objective that compares all with all.
 
 A score matrix has this rank's n samples as rows and all N samples of the global batch as columns. It is visited tile
-by tile; the forward keeps one log-sum-exp per row and per column, the backward computes each tile again and gives the
-exact gradient. Memory is O(tile² + N D) instead of O(n N).
+by tile; the forward keeps one number per row and per column, the backward computes each tile again and gives the exact
+gradient. Memory is O(tile² + N D) instead of O(n N).
+
+Where rows and columns are both asked for, one exponential of a tile serves both, in the forward and in the backward:
+relative to the tile's maximum every row and column must keep a sum above e^-60, which float32 holds exactly enough.
+A tile in which one does not (temperatures near 0.01) is done again with an exponential for each side.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import gather
+from .precision import full_precision
 
 Inputs = tuple[Tensor, ...]
 Score = Callable[[Inputs, Inputs, Inputs], Tensor]
+
+# Below, what float32 loses (entries under e^-87 of the maximum, thousands of them) is no longer negligible
+SMALLEST_SUM = math.exp(-60)
 
 
 @dataclass(frozen=True)
@@ -28,17 +36,17 @@ class Marginals:
     Attributes:
         row_lse: (n,), log-sum-exp over the columns that count; -inf where there is none, and for masked rows.
         column_lse: (N,), log-sum-exp over the rows of all ranks; -inf as above. The same on every rank.
-        row_sum: (n,), plain sum of the scores over the columns that count.
-        column_sum: (N,), plain sum over the rows of all ranks. The same on every rank.
+        row_sum: (n,), plain sum of the scores over the columns that count; 0 for masked rows.
+        column_sum: (N,), plain sum over the rows of all ranks; 0 for masked columns. The same on every rank.
     """
 
-    row_lse: Tensor
+    row_lse: Tensor | None
     column_lse: Tensor | None
     row_sum: Tensor | None
     column_sum: Tensor | None
 
 
-def tiled_logsumexp(
+def marginals(
     score: Score,
     rows: Inputs,
     columns: Inputs,
@@ -46,64 +54,61 @@ def tiled_logsumexp(
     *,
     row_mask: Tensor | None = None,
     column_mask: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    row_only: bool = False,
+    own: int | None = None,
+    rows_only: bool = False,
+    lse: bool = True,
     sums: bool = False,
-    tile: int = 2048,
+    tile: int | None = None,
 ) -> Marginals:
-    """Log-sum-exp of every row and every column of `score(rows, columns, shared)`. All ranks.
+    """Log-sum-exp or plain sum of every row and every column of `score(rows, columns, shared)`. All ranks.
 
     Rows belong to this rank, so their results need no communication; column results are merged over ranks. Give the
     columns as `Embeddings.columns` does: their gradient is this rank's part, and the gather's backward adds the parts
     up. The mean over ranks of the ranks' losses is the global loss, as everywhere.
 
     Args:
-        score: a pure function (t row inputs, u column inputs, shared inputs) -> (t, u) that treats every pair alike
-            and is finite, with finite gradients, for inputs of zeros (masked samples are seen as zeros).
+        score: a pure function (t row inputs, u column inputs, shared inputs) -> new tensor (t, u) that treats every
+            pair alike and is finite, with finite gradients, also for inputs of zeros (so masked samples are seen).
         rows: tensors (n, ...), this rank's side.
         columns: tensors (N, ...), the gathered side.
         shared: tensors that every tile gets whole, such as a temperature.
-        row_mask: bool (n,); rows that are False enter nothing.
-        column_mask: bool (N,); columns that are False enter nothing, whatever they hold.
-        row_ids: int64 (n,), index of each row among the columns: leaves a sample out of its own sum.
-        row_only: skip the column side and its collectives.
-        sums: also return plain sums of the scores.
-        tile: largest number of rows and of columns in memory at a time; the result does not depend on it.
+        row_mask: bool (n,); rows that are False enter nothing, whatever they hold.
+        column_mask: bool (N,); likewise.
+        own: the column of row 0, row i having column `own + i`: leaves a sample out of its own marginals.
+        rows_only: skip the column side and its collectives.
+        lse: return log-sum-exps.
+        sums: return plain sums.
+        tile: largest number of rows and of columns in memory at a time; the result does not depend on it. By default
+            512 on a CPU (a tile stays in its cache), 4096 on a GPU.
 
     float64 inputs are scored in float64, all others in full float32: no autocast, no TF32.
     """
-    n, total = rows[0].shape[0], columns[0].shape[0]
-    device = rows[0].device
+    row_mask, column_mask = _unless_all(row_mask), _unless_all(column_mask)
     plan = _Plan(
         score=score,
         sides=(len(rows), len(columns)),
-        row_mask=torch.ones(n, dtype=torch.bool, device=device) if row_mask is None else row_mask,
-        column_mask=torch.ones(total, dtype=torch.bool, device=device) if column_mask is None else column_mask,
-        row_ids=row_ids,
-        row_only=row_only,
+        shape=(rows[0].shape[0], columns[0].shape[0]),
+        row_mask=row_mask,
+        column_mask=column_mask,
+        own=own,
+        rows_only=rows_only,
+        lse=lse,
         sums=sums,
-        tile=tile,
+        tile=tile or (4096 if rows[0].is_cuda else 512),
     )
-    return Marginals(*_TiledLogSumExp.apply(plan, *rows, *columns, *shared))
+    rows, columns = _keep(rows, row_mask), _keep(columns, column_mask)
+    return Marginals(*_Marginals.apply(plan, *rows, *columns, *shared))
 
 
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """No autocast, no TF32 and no bf16 passes inside float32 matrix products."""
-    matmul = torch.backends.cuda.matmul
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # somebody used torch's newer switch, after which the older one refuses to be read
-        newer, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-        restore = lambda: setattr(matmul, "fp32_precision", newer)  # noqa: E731
-    else:
-        torch.set_float32_matmul_precision("highest")
-        restore = lambda: torch.set_float32_matmul_precision(before)  # noqa: E731
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        restore()
+def _unless_all(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None or bool(mask.all()) else mask
+
+
+def _keep(inputs: Inputs, mask: Tensor | None) -> Inputs:
+    """Zeros where the mask (t,) is False: 0 * NaN would be NaN in a matrix product and in its gradient."""
+    if mask is None:
+        return inputs
+    return tuple(x.masked_fill(~mask.view(-1, *[1] * (x.ndim - 1)), 0) for x in inputs)
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,22 @@ class _Plan:
 
     score: Score
     sides: tuple[int, int]
-    row_mask: Tensor
-    column_mask: Tensor
-    row_ids: Tensor | None
-    row_only: bool
+    shape: tuple[int, int]
+    row_mask: Tensor | None
+    column_mask: Tensor | None
+    own: int | None
+    rows_only: bool
+    lse: bool
     sums: bool
     tile: int
+    # by tile, the maximum that served rows and columns; None where each side needed its own
+    maxima: list[Tensor | None] = field(default_factory=list)
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
-        for row in range(0, len(self.row_mask), self.tile):
-            for column in range(0, len(self.column_mask), self.tile):
-                yield slice(row, row + self.tile), slice(column, column + self.tile)
+        n, total = self.shape
+        for row in range(0, n, self.tile):
+            for column in range(0, total, self.tile):
+                yield slice(row, min(row + self.tile, n)), slice(column, min(column + self.tile, total))
 
     def window(self, index: int, r: slice, c: slice) -> slice:
         """The part of tensor `index` that the tile (r, c) sees."""
@@ -130,85 +140,164 @@ class _Plan:
             return r
         return c if index < sum(self.sides) else slice(None)
 
-    def scores(self, parts: list[Tensor], r: slice, c: slice) -> tuple[Tensor, Tensor]:
-        """Scores (t, u) of one tile from its parts of the tensors, and which of them count."""
+    def scores(self, parts: list[Tensor]) -> Tensor:
+        """Scores (t, u) of one tile from its parts of the tensors."""
         split, end = self.sides[0], sum(self.sides)
-        rows = tuple(_keep(x, self.row_mask[r]) for x in parts[:split])
-        columns = tuple(_keep(x, self.column_mask[c]) for x in parts[split:end])
-        allowed = self.row_mask[r, None] & self.column_mask[None, c]
-        if self.row_ids is not None:
-            ids = torch.arange(len(self.column_mask), device=allowed.device)[c]
-            allowed = allowed & (self.row_ids[r, None] != ids[None])
-        return self.score(rows, columns, tuple(parts[end:])), allowed
+        return self.score(tuple(parts[:split]), tuple(parts[split:end]), tuple(parts[end:]))
+
+    def drop_own(self, x: Tensor, r: slice, c: slice, value: float) -> None:
+        """Overwrite what the tile x (t, u) holds of samples with themselves."""
+        if self.own is None:
+            return
+        offset = self.own + r.start - c.start
+        if -x.shape[0] < offset < x.shape[1]:
+            x.diagonal(offset).fill_(value)
+
+    def weights(self, like: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor]:
+        """1 for the rows (t,) and columns (u,) of a tile that count, 0 for the others."""
+        row = like.new_ones(r.stop - r.start) if self.row_mask is None else self.row_mask[r].to(like.dtype)
+        column = like.new_ones(c.stop - c.start) if self.column_mask is None else self.column_mask[c].to(like.dtype)
+        return row, column
+
+    def exclude(self, x: Tensor, r: slice, c: slice, value: float) -> Tensor:
+        """The tile x (t, u) with `value` wherever a pair does not count, in place."""
+        if self.row_mask is not None:
+            x.masked_fill_(~self.row_mask[r, None], value)
+        if self.column_mask is not None:
+            x.masked_fill_(~self.column_mask[None, c], value)
+        self.drop_own(x, r, c, value)
+        return x
 
 
-class _TiledLogSumExp(torch.autograd.Function):
+class _Marginals(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: _Plan, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(tensors[0].device.type):
-            found = _reduce(plan, tensors)
+            row_lse, column_lse, row_sum, column_sum = _reduce(plan, tensors)
         ctx.plan = plan
-        ctx.save_for_backward(*tensors, found.row_lse, found.column_lse)
-        return found.row_lse, found.column_lse, found.row_sum, found.column_sum
+        ctx.save_for_backward(*tensors, row_lse, column_lse)
+        return row_lse, column_lse, row_sum, column_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_row_lse, d_column_lse, d_row_sum, d_column_sum):
         plan = ctx.plan
         *tensors, row_lse, column_lse = ctx.saved_tensors
-        if not plan.row_only:  # a column's result reached the losses of all ranks
-            d_column_lse = gather.all_sum(d_column_lse)  # all ranks
+        if not plan.rows_only:  # a column's result reached the losses of all ranks
+            d_column_lse = gather.all_sum(d_column_lse) if plan.lse else None  # all ranks
             d_column_sum = gather.all_sum(d_column_sum) if plan.sums else None  # all ranks
         needed = [index for index, need in enumerate(ctx.needs_input_grad[1:]) if need]
         gradients = [torch.zeros_like(x) if index in needed else None for index, x in enumerate(tensors)]
         with full_precision(tensors[0].device.type):
-            for r, c in plan.tiles():
+            for number, (r, c) in enumerate(plan.tiles()):
                 parts = [x[plan.window(index, r, c)].detach() for index, x in enumerate(tensors)]
                 leaves = [parts[index].requires_grad_() for index in needed]
                 with torch.enable_grad():
-                    scores, allowed = plan.scores(parts, r, c)
-                masked = scores.detach().masked_fill(~allowed, -torch.inf)
-                weights = _share(masked, row_lse[r, None]) * d_row_lse[r, None]
-                if not plan.row_only:
-                    weights += _share(masked, column_lse[None, c]) * d_column_lse[None, c]
+                    scores = plan.scores(parts)
+                lses = (row_lse, d_row_lse, column_lse, d_column_lse) if plan.lse else None
+                weights = lses and _lse_weights(plan, number, scores.detach(), (r, c), *lses)
                 if plan.sums:
-                    weights += allowed * (d_row_sum[r, None] + (0 if plan.row_only else d_column_sum[None, c]))
+                    plain = d_row_sum[r, None] if plan.rows_only else d_row_sum[r, None] + d_column_sum[None, c]
+                    weights = plain.expand_as(scores).clone() if weights is None else weights.add_(plain)
+                plan.exclude(weights, r, c, 0)
                 for index, gradient in zip(needed, torch.autograd.grad(scores, leaves, weights), strict=True):
                     gradients[index][plan.window(index, r, c)] += gradient
         return None, *gradients
 
 
-def _share(scores: Tensor, lse: Tensor) -> Tensor:
-    """d lse / d score. A sum over nothing is -inf; a finite stand-in gives its scores, all -inf, the share 0."""
-    return (scores - lse.masked_fill(lse == -torch.inf, 0)).exp()
+def _lse_weights(
+    plan: _Plan,
+    number: int,
+    scores: Tensor,
+    tile: tuple[slice, slice],
+    row_lse: Tensor,
+    d_row_lse: Tensor,
+    column_lse: Tensor | None,
+    d_column_lse: Tensor | None,
+) -> Tensor:
+    """d loss / d scores (t, u) of tile `number` through the log-sum-exps: softmaxes times the gradients of the sums."""
+    r, c = tile
+    row_lse, d_row_lse = _finite(row_lse[r]), d_row_lse[r]
+    if plan.rows_only:
+        return (scores - row_lse[:, None]).exp_().mul_(d_row_lse[:, None])
+    column_lse, d_column_lse = _finite(column_lse[c]), d_column_lse[c]
+    peak = plan.maxima[number]
+    if peak is None:
+        by_column = (scores - column_lse).exp_().mul_(d_column_lse)
+        return (scores - row_lse[:, None]).exp_().mul_(d_row_lse[:, None]).add_(by_column)
+    of_row, of_column = (peak - row_lse).exp() * d_row_lse, (peak - column_lse).exp() * d_column_lse
+    return (scores - peak).exp_().mul_(of_row[:, None] + of_column)
 
 
-def _reduce(plan: _Plan, tensors: tuple[Tensor, ...]) -> Marginals:
+def _finite(lse: Tensor) -> Tensor:
+    """A sum over nothing is -inf; as its scores are excluded, any finite stand-in serves."""
+    return lse.masked_fill(lse == -torch.inf, 0)
+
+
+def _reduce(plan: _Plan, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """Forward: one visit of all tiles; then the columns are merged over ranks."""
-    like, n, total = tensors[0], len(plan.row_mask), len(plan.column_mask)
+    like, (n, total) = tensors[0], plan.shape
     row_lse, column_lse = like.new_full((n,), -torch.inf), like.new_full((total,), -torch.inf)
     row_sum, column_sum = like.new_zeros(n), like.new_zeros(total)
     for r, c in plan.tiles():
         parts = [x[plan.window(index, r, c)] for index, x in enumerate(tensors)]
-        scores, allowed = plan.scores(parts, r, c)
+        scores = plan.scores(parts)
         if plan.sums:
-            plain = scores.masked_fill(~allowed, 0)
-            row_sum[r] += plain.sum(1)
-            column_sum[c] += plain.sum(0)
-        scores = scores.masked_fill(~allowed, -torch.inf)
-        row_lse[r] = torch.logaddexp(row_lse[r], scores.logsumexp(1))
-        if not plan.row_only:
-            column_lse[c] = torch.logaddexp(column_lse[c], scores.logsumexp(0))
-    if plan.row_only:
-        return Marginals(row_lse, None, row_sum if plan.sums else None, None)
+            _add_sums(plan, scores, (r, c), row_sum, column_sum)
+        if plan.lse and plan.rows_only:
+            row_lse[r] = torch.logaddexp(row_lse[r], _of_rows(plan.exclude(scores, r, c, -torch.inf)))
+        elif plan.lse:
+            by_row, by_column = _both_sides(plan, parts, scores, (r, c))
+            row_lse[r] = torch.logaddexp(row_lse[r], by_row)
+            column_lse[c] = torch.logaddexp(column_lse[c], by_column)
+    if not plan.rows_only:
+        column_lse = _merged(column_lse) if plan.lse else None  # all ranks
+        column_sum = gather.all_sum(column_sum) if plan.sums else None  # all ranks
+    return (
+        row_lse if plan.lse else None,
+        None if plan.rows_only else column_lse,
+        row_sum if plan.sums else None,
+        column_sum if plan.sums and not plan.rows_only else None,
+    )
+
+
+def _add_sums(plan: _Plan, scores: Tensor, tile: tuple[slice, slice], row_sum: Tensor, column_sum: Tensor) -> None:
+    """Add a tile's plain sums; what it holds of samples with themselves becomes 0."""
+    r, c = tile
+    plan.drop_own(scores, r, c, 0)
+    rows, columns = plan.weights(scores, r, c)
+    row_sum[r] += rows * (scores @ columns)
+    if not plan.rows_only:
+        column_sum[c] += columns * (rows @ scores)
+
+
+def _of_rows(scores: Tensor) -> Tensor:
+    """Log-sum-exp of each row (t,); the scores are used up."""
+    peak = scores.amax(1, keepdim=True)
+    peak = peak.masked_fill(peak == -torch.inf, 0)
+    return scores.sub_(peak).exp_().sum(1).log() + peak[:, 0]
+
+
+def _both_sides(plan: _Plan, parts: list[Tensor], scores: Tensor, tile: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of the rows (t,) and columns (u,) of one tile, whose `scores` are used up."""
+    rows, columns = plan.weights(scores, *tile)
+    peak = scores.max()
+    shares = scores.sub_(peak).exp_()
+    plan.drop_own(shares, *tile, 0)
+    by_row, by_column = rows * (shares @ columns), columns * (rows @ shares)
+    smallest = torch.cat([by_row.masked_fill(rows == 0, 1), by_column.masked_fill(columns == 0, 1)]).amin()
+    if smallest > SMALLEST_SUM:
+        plan.maxima.append(peak)
+        return by_row.log() + peak, by_column.log() + peak
+    plan.maxima.append(None)
+    scores = plan.exclude(plan.scores(parts), *tile, -torch.inf)
+    return scores.logsumexp(1), scores.logsumexp(0)
+
+
+def _merged(column_lse: Tensor) -> Tensor:
+    """Log-sum-exps of the columns over the rows of all ranks, from those of each rank. All ranks."""
+    if gather.world_size() == 1:
+        return column_lse
     peak = gather.all_max(column_lse)  # all ranks
     peak = peak.masked_fill(peak == -torch.inf, 0)
-    column_lse = gather.all_sum((column_lse - peak).exp()).log() + peak  # all ranks
-    if not plan.sums:
-        return Marginals(row_lse, column_lse, None, None)
-    return Marginals(row_lse, column_lse, row_sum, gather.all_sum(column_sum))  # all ranks
-
-
-def _keep(x: Tensor, mask: Tensor) -> Tensor:
-    """x with zeros where the mask (t,) is False: 0 * NaN would be NaN in a matrix product and in its gradient."""
-    return x.masked_fill(~mask.view(-1, *[1] * (x.ndim - 1)), 0)
+    return gather.all_sum((column_lse - peak).exp()).log() + peak  # all ranks

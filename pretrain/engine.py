@@ -88,6 +88,12 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def after_step(self, progress: float) -> None:
+        """Tell the objective that a step was taken; it may read its whole parameters. All ranks."""
+        objective = self.module.objective
+        with _gathered(list(objective.parameters())) if self.stage == 3 else contextlib.nullcontext():
+            objective.after_step(progress)
+
     def weights(self) -> dict[str, Tensor]:
         """The module's whole state dict, on the CPU. All ranks (ZeRO-3 gathers); only the main process keeps it."""
         main = self.accelerator.is_main_process

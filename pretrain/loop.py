@@ -102,7 +102,7 @@ def _steps(
         state.step += 1
         state.samples += config.train.batch_size
         state.skipped += totals["skipped"]
-        engine.module.objective.after_step(state.step / config.train.steps)
+        engine.after_step(state.step / config.train.steps)
         skips += batch.skipped
         telemetry.advance(state.step)
 

@@ -41,7 +41,8 @@ def check_config(config: Config) -> dict:
             raise InputError(f"modalities.{name}.tower: {error}") from None
     check_run_directory(config)
     model = MultimodalModel(config.tree()["modalities"], config.dim)
-    OBJECTIVES.build(config.objective.name, **config.objective.options).check(model.names)
+    objective = OBJECTIVES.build(config.objective.name, **config.objective.options)
+    objective.check(model.names)
     if config.init_from and not checkpoints.find(config.run)[0]:
         load_matching(model, weights_source(config.init_from))
     found = {}
@@ -50,6 +51,11 @@ def check_config(config: Config) -> dict:
         if pattern is not None:
             source = source_of(config, model, pattern)
             found[split] = {"clips": len(source)} | (source.check() or {})
+            if split == "train" and "bucket" in objective.needs and not source.bucketed:
+                raise InputError(
+                    f"objective {config.objective.name!r} needs bucket ids, and the samples of {pattern!r} have none; "
+                    "give every sample's json a `bucket`"
+                )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.train.batch_size % world:
         low = config.train.batch_size // world * world

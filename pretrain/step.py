@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..datasets.batch import Batch
-from ..modalities.model import MultimodalModel
+from ..modalities.model import FEATURES, MultimodalModel
 from ..objectives import Embeddings, Loss, Objective
 from .engine import Engine
 
@@ -28,18 +28,24 @@ class TrainModule(nn.Module):
         self.model = model
         self.objective = objective
         self.precision = precision
+        objective.setup(model.names, model.dim, {name: tower.width for name, tower in model.towers.items()})
 
     def forward(
         self, batch: Batch, z: Mapping[str, Tensor] | None = None, *, embed_only: bool = False
     ) -> dict[str, Tensor] | tuple[Loss, dict[str, Tensor]]:
-        """The embeddings of a batch (`embed_only`), or its Loss and its embeddings, computed here unless given."""
+        """What the objective sees of a batch (`embed_only`): its embeddings, and features if they are needed; or its
+        Loss and all that, computed here unless given."""
         if z is None:
             device = next(iter(batch.present.values())).device.type
             with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-                z = self.model(batch.inputs)
+                z = self.model(batch.inputs, features="features" in self.objective.needs)
         if embed_only:
             return dict(z)
-        loss = self.objective(Embeddings(z, batch.present, keys=batch.keys, bucket=batch.bucket))
+        vectors = {name: z[name] for name in self.model.names}
+        features = {name: z[FEATURES + name] for name in vectors if FEATURES + name in z} or None
+        loss = self.objective(
+            Embeddings(vectors, batch.present, keys=batch.keys, bucket=batch.bucket, features=features)
+        )
         # every tower takes part in every backward, also one whose modality the objective did not use this time
         idle = sum(x.sum() for x in z.values()) * 0.0
         return loss._replace(total=loss.total + idle), dict(z)

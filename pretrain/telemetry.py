@@ -136,7 +136,7 @@ def _forget_after(path: Path, step: int) -> None:
 def batch_geometry(batch: Batch, z: dict[str, Tensor]) -> dict[str, float]:
     """Geometry of the global batch's embeddings. All ranks (they gather), the same numbers on each."""
     with torch.no_grad():
-        vectors = {name: gather_rows(x.detach().float()) for name, x in z.items()}
+        vectors = {name: gather_rows(z[name].detach().float()) for name in batch.present}
         valid = {name: gather_rows(present) for name, present in batch.present.items()}
         return {f"geometry/{name}": value for name, value in geometry(vectors, valid).items()}
 

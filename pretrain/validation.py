@@ -49,4 +49,5 @@ class Validation:
 
     def _encode(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            return self.engine(batch.to(self.engine.device), embed_only=True)
+            z = self.engine(batch.to(self.engine.device), embed_only=True)
+        return {name: z[name] for name in batch.present}

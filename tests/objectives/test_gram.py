@@ -184,3 +184,13 @@ def test_models_that_do_not_fit():
         objective(anchor="audoi").check(NAMES)
     with pytest.raises(InputError, match="compat"):
         build("gram", compat="vast")
+
+
+@pytest.mark.parametrize("members", [1, 2, 3, 5])
+def test_the_written_out_derivative_passes_gradcheck(members):
+    from trivium.objectives.gram import _volumes, anchor_inputs, tuple_inputs
+
+    generator = torch.Generator().manual_seed(members)
+    anchor = torch.randn(3, 7, generator=generator, dtype=torch.float64).requires_grad_()
+    tuples = torch.randn(4, members, 7, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, t: _volumes(anchor_inputs(a), tuple_inputs(t)), (anchor, tuples))

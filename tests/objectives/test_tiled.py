@@ -1,4 +1,4 @@
-"""The tiled log-sum-exp against torch.logsumexp of the whole score matrix."""
+"""Tiled marginals against sums and torch.logsumexp of the whole score matrix."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trivium.objectives import gather
-from trivium.objectives.tiled import full_precision, tiled_logsumexp
+from trivium.objectives.precision import full_precision
+from trivium.objectives.tiled import marginals
 
 
 def score(rows, columns, shared):
@@ -45,19 +46,18 @@ def weighted(outputs, seed=1):
 def test_values_and_gradients_equal_those_of_the_whole_matrix(tile, masked, diagonal):
     row_mask = torch.tensor([1, 1, 0, 1, 1, 0, 1], dtype=torch.bool) if masked else torch.ones(7, dtype=torch.bool)
     column_mask = torch.arange(10) % 3 != 1 if masked else torch.ones(10, dtype=torch.bool)
-    row_ids = torch.arange(7) + 2
     allowed = row_mask[:, None] & column_mask
     if diagonal:
-        allowed = allowed & (row_ids[:, None] != torch.arange(10))
+        allowed = allowed & (torch.arange(7)[:, None] + 2 != torch.arange(10))
     ours, theirs = inputs(), inputs()
-    found = tiled_logsumexp(
+    found = marginals(
         score,
         tuple(ours[:2]),
         (ours[2],),
         (ours[3],),
         row_mask=row_mask,
         column_mask=column_mask,
-        row_ids=row_ids if diagonal else None,
+        own=2 if diagonal else None,
         sums=True,
         tile=tile,
     )
@@ -73,8 +73,8 @@ def test_values_and_gradients_equal_those_of_the_whole_matrix(tile, masked, diag
 
 def test_row_only_gives_the_same_rows_and_nothing_else():
     x, bias, y, scale = inputs()
-    full = tiled_logsumexp(score, (x, bias), (y,), (scale,), sums=True, tile=3)
-    rows = tiled_logsumexp(score, (x, bias), (y,), (scale,), sums=True, row_only=True, tile=4)
+    full = marginals(score, (x, bias), (y,), (scale,), sums=True, tile=3)
+    rows = marginals(score, (x, bias), (y,), (scale,), sums=True, rows_only=True, tile=4)
     assert rows.column_lse is None and rows.column_sum is None
     torch.testing.assert_close(rows.row_lse, full.row_lse)
     torch.testing.assert_close(rows.row_sum, full.row_sum)
@@ -89,9 +89,7 @@ def test_masked_samples_may_be_nan():
     row_mask[2], column_mask[5] = False, False
     with torch.no_grad():
         x[2], bias[2], y[5] = torch.nan, torch.nan, torch.inf
-    found = tiled_logsumexp(
-        score, (x, bias), (y,), (scale,), row_mask=row_mask, column_mask=column_mask, sums=True, tile=3
-    )
+    found = marginals(score, (x, bias), (y,), (scale,), row_mask=row_mask, column_mask=column_mask, sums=True, tile=3)
     outputs = (found.row_lse, found.column_lse, found.row_sum, found.column_sum)
     gradients = torch.autograd.grad(weighted(outputs), (x, bias, y, scale))
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -103,7 +101,7 @@ def test_masked_samples_may_be_nan():
 def test_a_row_without_columns_is_minus_infinity_and_has_no_gradient():
     x, bias, y, scale = inputs()
     nothing = torch.zeros(10, dtype=torch.bool)
-    found = tiled_logsumexp(score, (x, bias), (y,), (scale,), column_mask=nothing, tile=4)
+    found = marginals(score, (x, bias), (y,), (scale,), column_mask=nothing, tile=4)
     assert found.row_lse.eq(-torch.inf).all() and found.column_lse.eq(-torch.inf).all()
     loss = torch.where(torch.zeros(7, dtype=torch.bool), found.row_lse, torch.zeros(7, dtype=torch.float64)).sum()
     assert all(gradient.eq(0).all() for gradient in torch.autograd.grad(loss, (x, bias, y, scale)))
@@ -111,7 +109,7 @@ def test_a_row_without_columns_is_minus_infinity_and_has_no_gradient():
 
 def test_scores_far_outside_the_range_of_exp_in_float32():
     x = torch.tensor([[300.0], [-300.0]])
-    found = tiled_logsumexp(lambda r, c, s: r[0] @ c[0].T, (x,), (x,), tile=1)
+    found = marginals(lambda r, c, s: r[0] @ c[0].T, (x,), (x,), tile=1)
     torch.testing.assert_close(found.row_lse, torch.tensor([90000.0, 90000.0]))
     torch.testing.assert_close(found.column_lse, found.row_lse)
 
@@ -133,7 +131,7 @@ def test_products_run_in_full_precision_forward_and_backward(switch):
     try:
         x = torch.randn(4, 3, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            tiled_logsumexp(watching, (x,), (x,)).row_lse.sum().backward()
+            marginals(watching, (x,), (x,)).row_lse.sum().backward()
         assert len(seen) == 2
         assert all(dtype == torch.float32 and precision != "tf32" for dtype, precision in seen)
         assert matmul.fp32_precision == "tf32"
@@ -165,7 +163,7 @@ def test_no_tensor_is_larger_than_a_tile(tile, expected):
 
     x = torch.randn(96, 2, requires_grad=True)
     with Watch():
-        found = tiled_logsumexp(lambda r, c, s: r[0] @ c[0].T, (x,), (x.detach(),), tile=tile)
+        found = marginals(lambda r, c, s: r[0] @ c[0].T, (x,), (x.detach(),), tile=tile)
         (found.row_lse.sum() + found.column_lse.sum()).backward()
     assert largest[0] == expected
 
@@ -176,7 +174,7 @@ def on_a_rank(seed: int):
     x, bias, y, scale = [x.detach() for x in inputs(n=4 * dist.get_world_size(), total=4 * dist.get_world_size())]
     own = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
     leaves = [part.clone().requires_grad_() for part in (x[own], bias[own], y[own], scale)]
-    found = tiled_logsumexp(score, tuple(leaves[:2]), (gather.gather_rows(leaves[2]),), (leaves[3],), sums=True, tile=3)
+    found = marginals(score, tuple(leaves[:2]), (gather.gather_rows(leaves[2]),), (leaves[3],), sums=True, tile=3)
     rows, columns = own_losses(found, own)
     (rows + columns).backward()
     return [leaf.grad for leaf in leaves], found.column_lse.detach(), found.column_sum.detach()
@@ -194,7 +192,7 @@ def own_losses(found, own):
 def test_on_ranks_as_on_one(ranks, world):
     answers = ranks(world, on_a_rank, 0)
     x, bias, y, scale = inputs(n=4 * world, total=4 * world)
-    found = tiled_logsumexp(score, (x, bias), (y,), (scale,), sums=True)
+    found = marginals(score, (x, bias), (y,), (scale,), sums=True)
     for rank in range(world):
         own = slice(4 * rank, 4 * rank + 4)
         part = type(found)(found.row_lse[own], found.column_lse, found.row_sum[own], found.column_sum)
@@ -206,3 +204,43 @@ def test_on_ranks_as_on_one(ranks, world):
     for _, column_lse, column_sum in answers:
         torch.testing.assert_close(column_lse, found.column_lse.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(column_sum, found.column_sum.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile", [2, 64])
+def test_rows_and_columns_far_below_the_rest_keep_their_own_exponential(tile):
+    """Column 1 and row 2 lie hundreds of nats below the others, as at temperature 0.01."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(5, 1, generator=generator) * 5 + 100
+    y = torch.tensor([[1.0], [-1.0], [0.9], [0.95]])
+    x[2] = -150.0
+    x.requires_grad_(), y.requires_grad_()
+    found = marginals(lambda r, c, s: r[0] @ c[0].T, (x,), (y,), tile=tile)
+    outputs = (found.row_lse, found.column_lse)
+    wide = [t.detach().double().requires_grad_() for t in (x, y)]
+    exact = wide[0] @ wide[1].T
+    expected = (exact.logsumexp(1), exact.logsumexp(0))
+    for a, b in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-5)
+    ours, theirs = torch.autograd.grad(weighted(outputs), (x, y)), torch.autograd.grad(weighted(expected), wide)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_sums_alone():
+    x, bias, y, scale = inputs()
+    found = marginals(score, (x, bias), (y,), (scale,), own=2, rows_only=True, lse=False, sums=True, tile=3)
+    assert found.row_lse is None and found.column_lse is None and found.column_sum is None
+    allowed = torch.arange(7)[:, None] + 2 != torch.arange(10)
+    expected = score((x, bias), (y,), (scale,)).masked_fill(~allowed, 0).sum(1)
+    torch.testing.assert_close(found.row_sum, expected)
+    ours = torch.autograd.grad(weighted((found.row_sum,)), (x, bias, y, scale))
+    theirs = torch.autograd.grad(weighted((expected,)), (x, bias, y, scale))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_pass_gradcheck():
+    def both(x, bias, y, scale):
+        found = marginals(score, (x, bias), (y,), (scale,), sums=True, own=0, tile=3)
+        return found.row_lse, found.column_lse, found.row_sum, found.column_sum
+
+    assert torch.autograd.gradcheck(both, inputs(n=5, total=5))

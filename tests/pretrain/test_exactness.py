@@ -30,6 +30,15 @@ MISSING = {
 }
 
 
+OPTIONS = {  # by objective, where the defaults do not do
+    "byol": {"hidden": 12, "width": 8, "predictor_hidden": 12},
+    "simsiam": {"hidden": 12, "width": 8, "predictor_hidden": 6},
+    "vicreg": {"expander": [12, 10]},
+    "sink_anchored": {"anchors": 6, "chosen": 3, "queue": 8},
+    "sum": {"terms": [{"name": "infonce"}, {"name": "sink_anchored", "anchors": 4, "chosen": 2, "weight": 0.5}]},
+}
+
+
 def modalities(folder) -> dict:
     vocabulary = f"{folder}/vocab.txt"
     sizes = {"width": 16, "heads": 2}
@@ -64,7 +73,9 @@ def joined_batch(missing: str, dtype: torch.dtype) -> Batch:
 
 def module_of(objective: str, folder, dtype: torch.dtype) -> TrainModule:
     seed_everything(0)
-    return TrainModule(MultimodalModel(modalities(folder), 8), OBJECTIVES.build(objective), "fp32").to(dtype)
+    return TrainModule(
+        MultimodalModel(modalities(folder), 8), OBJECTIVES.build(objective, **OPTIONS.get(objective, {})), "fp32"
+    ).to(dtype)
 
 
 def reference(objective: str, missing: str, folder, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
@@ -100,7 +111,8 @@ def engine_gradients(
         dist.all_reduce(total)
     engine.step()
     after = engine.weights()
-    return float(total) / world, {name: (before[name] - after[name]) / RATE for name in after}
+    changed = {name: (before[name] - after[name]) / RATE for name, _ in module.named_parameters() if name in after}
+    return float(total) / world, changed
 
 
 def worst_case(zero: int, dtype_name: str, cases: list[tuple[str, str, int | None]], folder: str) -> dict[tuple, float]:

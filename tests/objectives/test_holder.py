@@ -1,0 +1,99 @@
+"""The Hölder divergence against kernel density estimates written down as loops."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from trivium.datasets.registry import InputError
+from trivium.objectives import Embeddings, build
+from trivium.objectives.geometry import holder_divergence
+
+TAUS = {"text": 0.5, "video": 0.8, "audio": 0.3}
+
+
+def vectors(n=6, dim=3):
+    generator = torch.Generator().manual_seed(0)
+    return {name: F.normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=-1) for name in TAUS}
+
+
+def density(at, points, tau, skip=None) -> float:
+    kernels = [math.exp(-float((at - p).square().sum()) / (2 * tau**2)) for k, p in enumerate(points) if k != skip]
+    return sum(kernels) / len(kernels)
+
+
+def slow(z, taus, leave_one_out, anchors) -> float:
+    names, power = list(z), len(z) - 1
+    within = 0.0
+    for m in names:
+        values = [density(x, z[m], taus[m], i if leave_one_out else None) ** power for i, x in enumerate(z[m])]
+        within += math.log(sum(values) / len(values)) / len(names)
+    overlaps = []
+    for a in anchors:
+        products = [math.prod(density(x, z[m], taus[m]) for m in names if m != a) for x in z[a]]
+        overlaps.append(sum(products) / len(products))
+    return within - math.log(sum(overlaps) / len(overlaps))
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_equals_the_loops(leave_one_out, average):
+    z = vectors()
+    loss = build("holder", taus=TAUS, leave_one_out=leave_one_out, average_anchors=average, tile=4)(Embeddings(z)).total
+    expected = slow(z, TAUS, leave_one_out, list(TAUS) if average else ["text"])
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+def test_equals_the_measure_at_the_papers_bandwidth():
+    z = vectors()
+    assert float(build("holder")(Embeddings(z)).total) == pytest.approx(holder_divergence(list(z.values()), 0.07))
+
+
+def test_a_small_bandwidth_does_not_underflow_in_float32():
+    z = {name: x.float().requires_grad_() for name, x in vectors().items()}
+    loss = build("holder", tau=0.01)(Embeddings(z)).total
+    loss.backward()
+    exact = build("holder", tau=0.01)(Embeddings({name: x.detach().double() for name, x in z.items()})).total
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
+    assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in z.values())
+
+
+def test_descending_it_draws_the_densities_together():
+    z = {name: x.clone().requires_grad_() for name, x in vectors(n=16).items()}
+    objective = build("holder", tau=0.5)
+    losses = []
+    for _ in range(60):
+        loss = objective(Embeddings({name: F.normalize(x, dim=-1) for name, x in z.items()})).total
+        losses.append(float(loss.detach()))
+        for x, gradient in zip(z.values(), torch.autograd.grad(loss, list(z.values())), strict=True):
+            x.data -= 0.3 * gradient
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_modalities_without_samples_leave():
+    z, everyone = vectors(), torch.ones(6, dtype=torch.bool)
+    nobody = torch.zeros(6, dtype=torch.bool)
+    partial = {"text": everyone, "video": everyone, "audio": nobody}
+    expected = slow({name: z[name] for name in ("text", "video")}, TAUS, False, ["text"])
+    objective = build("holder", taus=TAUS)
+    assert float(objective(Embeddings(z, partial)).total) == pytest.approx(expected, rel=1e-12)
+    assert float(objective(Embeddings(z, partial | {"text": nobody})).total) == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tau": 0.0}, "tau=0.0 is not positive"),
+        ({"taus": {"audio": -1.0}}, "taus.audio=-1.0"),
+        ({"anchor": "text", "average_anchors": True}, "leave anchor='text' out"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(InputError, match=message):
+        build("holder", **options)
+
+
+def test_bandwidths_name_modalities():
+    with pytest.raises(InputError, match="sound"):
+        build("holder", taus={"sound": 0.1}).check(("text", "audio"))
