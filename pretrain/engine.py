@@ -224,7 +224,7 @@ def build_accelerator(config: Config):
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         accelerator = Accelerator(cpu=not gpus, kwargs_handlers=[group, ddp] if world > 1 else [], **tracker)
     else:
-        _prepare_deepspeed_environment(gpus)
+        prepare_deepspeed_environment(gpus)
         accelerator = Accelerator(deepspeed_plugin=_deepspeed_plugin(config, stage), kwargs_handlers=[group], **tracker)
     got = zero_stage(accelerator)
     assert got == stage, f"asked for ZeRO stage {stage}, got {got} ({accelerator.distributed_type})"
@@ -234,11 +234,15 @@ def build_accelerator(config: Config):
     return accelerator
 
 
-def _prepare_deepspeed_environment(gpus: bool) -> None:
+def prepare_deepspeed_environment(gpus: bool) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate silently builds plain DDP
+        import deepspeed.ops
+
+        # compiled at the first start, which needs a compiler and a path without a space; gloo does without
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(alone)

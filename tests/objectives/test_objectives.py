@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from trivium.objectives import Embeddings, Objective, build, names
+from trivium.pretrain.engine import prepare_deepspeed_environment
 
 MODALITIES = ("text", "video", "audio")
 CASES = {
@@ -195,6 +196,7 @@ def zero_on_a_rank(stage: int) -> dict | None:
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+    prepare_deepspeed_environment(gpus=False)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
