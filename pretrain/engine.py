@@ -90,15 +90,14 @@ class Engine:
 
     def after_step(self, progress: float) -> None:
         """Tell the objective that a step was taken; it may read its whole parameters. All ranks."""
-        objective = self.module.objective
-        with _gathered(list(objective.parameters())) if self.stage == 3 else contextlib.nullcontext():
-            objective.after_step(progress)
+        with self._whole(self.module.objective):
+            self.module.objective.after_step(progress)
 
     def weights(self) -> dict[str, Tensor]:
         """The module's whole state dict, on the CPU. All ranks (ZeRO-3 gathers); only the main process keeps it."""
         main = self.accelerator.is_main_process
         state: dict[str, Tensor] = {}
-        with _gathered(list(self.module.parameters())) if self.stage == 3 else contextlib.nullcontext():
+        with self._whole(self.module):
             if main:
                 state = {name: x.detach().cpu().clone() for name, x in self.module.state_dict().items()}
         return state
@@ -135,6 +134,20 @@ class Engine:
                 self._write(parameter, kind, state[f"{kind}/{name}"].to(self.device))
         for slot in self._base_optimizer().state.values():
             slot["step"] = torch.tensor(steps)
+
+    @contextlib.contextmanager
+    def _whole(self, module: nn.Module) -> Iterator[None]:
+        """Inside, the parameters of `module` are whole on every rank and may be read. All ranks."""
+        parameters = list(module.parameters())
+        if self.stage != 3 or not parameters:
+            yield
+            return
+        import deepspeed
+
+        # a forward that uses a part of the module leaves the gather of the rest, begun in advance, in flight
+        self.prepared.optimizer.empty_partition_cache()
+        with deepspeed.zero.GatheredParameters(parameters):
+            yield
 
     # -- where each engine keeps AdamW's moments ------------------------------------------------------------------
 
@@ -197,12 +210,6 @@ class Engine:
 def zero_stage(accelerator) -> int:
     plugin = accelerator.state.deepspeed_plugin
     return plugin.zero_stage if plugin is not None else 0
-
-
-def _gathered(parameters: list[nn.Parameter]):
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def build_accelerator(config: Config):
