@@ -57,6 +57,7 @@ class Embeddings:
         first = z[self.names[0]]
         n, device = first.shape[0], first.device
         everything = torch.ones(n, dtype=torch.bool, device=device)
+        self._complete = valid is None or bool(torch.stack([*valid.values()]).all())  # waits for the GPU
         self.valid = {name: everything if valid is None else valid[name].to(device) for name in self.names}
         self.z = self._masked(z)
         self.features = None if features is None else self._masked(features)
@@ -68,6 +69,8 @@ class Embeddings:
         self._columns_valid: dict[str, Tensor] = {}
 
     def _masked(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._complete:  # no copy then: the vectors may be the largest thing in memory
+            return {name: _scorable(x) for name, x in vectors.items()}
         return {name: _scorable(x).masked_fill(~self.valid[name][:, None], 0) for name, x in vectors.items()}
 
     def columns(self, name: str) -> Tensor:

@@ -12,6 +12,7 @@ and D and A depend on the tuple z alone: N tuples need N small determinants, not
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -81,31 +82,33 @@ class Gram(Objective):
     def forward(self, z: Embeddings) -> Loss:
         anchor, others = split_anchor(z.names, self.anchor)
         scale = self.temperature(z.z[anchor])
-        local, own = z.z[anchor], torch.stack([z.z[name] for name in others], dim=-2)
-        tuples = torch.stack([z.columns(name) for name in others], dim=-2)
+        local, own = z.z[anchor], tuple_inputs([z.z[name] for name in others])
+        tuples = tuple(z.gather(x) for x in own)
         if self.compat is None:
             there, back = self._match(z, anchor, others, scale, local, own, tuples)
         else:
-            there, _ = self._match(z, anchor, others, scale, local, own.detach(), tuples.detach())
+            constant = [tuple(x.detach() for x in inputs) for inputs in (own, tuples)]
+            there, _ = self._match(z, anchor, others, scale, local, *constant)
             _, back = self._match(z, anchor, others, scale, local.detach(), own, tuples)
         whole = torch.stack([z.valid[name] for name in z.names]).all(0)
-        volume = gram_volume(torch.cat([local[:, None], own], dim=-2).detach())
-        parts = {f"{anchor}-tuple": there.detach(), f"tuple-{anchor}": back.detach(), "volume": z.mean(volume, whole)}
+        with torch.no_grad():
+            volume = z.mean(_matched_volume(local, own), whole)
+        parts = {f"{anchor}-tuple": there.detach(), f"tuple-{anchor}": back.detach(), "volume": volume}
         parts["temperature"] = 1 / scale.detach().squeeze()
         terms = {f"{anchor}-tuple": there / 2, f"tuple-{anchor}": back / 2}
         return Loss(sum(terms.values()), terms, parts)
 
     def _match(
-        self, z: Embeddings, anchor: str, others: list[str], scale: Tensor, local: Tensor, own: Tensor, tuples: Tensor
+        self, z: Embeddings, anchor: str, others: list[str], scale: Tensor, local: Tensor, own: Inputs, tuples: Inputs
     ) -> tuple[Tensor, Tensor]:
-        """The losses anchor -> tuple and back, of anchors (n, D), their own tuples (n, K, D) and all (N, K, D)."""
+        """The losses anchor -> tuple and back, of anchors (n, D), their own tuples (n) and all (N)."""
         return match_both_ways(
             z,
             volume_score,
             anchor_inputs(local),
-            tuple_inputs(tuples),
+            tuples,
             (scale,),
-            positive=-scale * gram_volume(torch.cat([local[:, None], own], dim=-2)),
+            positive=-scale * _matched_volume(local, own),
             row_mask=z.valid[anchor],
             column_mask=torch.stack([z.columns_valid(name) for name in others]).all(0),
             both=torch.stack([z.valid[name] for name in z.names]).all(0),
@@ -114,19 +117,24 @@ class Gram(Objective):
         )
 
 
-def gram_volume(vectors: Tensor) -> Tensor:
-    """Volume (...) spanned by the M vectors of each tuple (..., M, D): 0 if dependent, 1 if orthonormal.
+def gram_volume(vectors: Sequence[Tensor]) -> Tensor:
+    """Volume (...) spanned by M vectors (..., D): 0 if dependent, 1 if orthonormal.
 
     In float32 (float64 stays); at least 1e-12, so that the gradient is finite where the vectors agree.
     """
-    x = vectors if vectors.dtype == torch.float64 else vectors.float()
-    anchor, members = x[..., 0, :], x[..., 1:, :]
-    if members.shape[-2] == 0:
-        return anchor.norm(dim=-1)
-    basis, _, determinant, adjugate = tuple_inputs(members)
-    edge = anchor - members[..., 0, :]
-    products = [(edge * basis[..., k, :]).sum(-1) for k in range(basis.shape[-2])]
-    return _root(edge.square().sum(-1), products, determinant, adjugate)
+    anchor, *members = (v if v.dtype == torch.float64 else v.float() for v in vectors)
+    return _matched_volume(anchor, tuple_inputs(members)) if members else anchor.norm(dim=-1)
+
+
+def _matched_volume(anchor: Tensor, own: Inputs) -> Tensor:
+    """V (...) of anchors (..., D), each with its own tuple."""
+    *basis, _, determinant, adjugate = own
+    edge = anchor - basis[0]
+    products = [(edge * b).sum(-1) for b in basis]
+    square = edge.square().sum(-1) * determinant
+    for k, h in enumerate(products):
+        square = square - h * sum(adjugate[..., k, m] * products[m] for m in range(len(products)))
+    return square.clamp_min(EPSILON).sqrt()
 
 
 def volume_scores(anchor: Tensor, others: list[Tensor]) -> Tensor:
@@ -136,7 +144,7 @@ def volume_scores(anchor: Tensor, others: list[Tensor]) -> Tensor:
     """
     x, *members = (v if v.dtype == torch.float64 else v.float() for v in (anchor, *others))
     with full_precision(x.device.type):
-        return _volumes(anchor_inputs(x), tuple_inputs(torch.stack(members, dim=-2)))
+        return _volumes(anchor_inputs(x), tuple_inputs(members))
 
 
 def volume_score(rows: Inputs, columns: Inputs, shared: Inputs) -> Tensor:
@@ -149,16 +157,18 @@ def anchor_inputs(anchor: Tensor) -> Inputs:
     return anchor, anchor.square().sum(-1)
 
 
-def tuple_inputs(members: Tensor) -> Inputs:
-    """What the volume needs of tuples (..., K, D): b (..., K, D), first row of B (..., K), D (...), A (..., K, K)."""
-    z = members.unbind(-2)
-    basis = [z[0], *(other - z[0] for other in z[1:])]
+def tuple_inputs(members: Sequence[Tensor]) -> Inputs:
+    """What the volume needs of tuples of K members (..., D): b^1 .. b^K (..., D), first row of B (..., K), D (...),
+    A (..., K, K)."""
+    first = members[0]
+    basis = [first, *(other - first for other in members[1:])]
     # sums, not a matrix product: those may run in TF32, also in the backward
-    gram = [[(b * c).sum(-1) for c in basis] for b in basis]
-    adjugate = [[_cofactor(gram, k, m) for m in range(len(z))] for k in range(len(z))]
-    determinant = sum(gram[0][m] * adjugate[0][m] for m in range(len(z)))
+    gram = [[(b * c).sum(-1) if k <= m else None for m, c in enumerate(basis)] for k, b in enumerate(basis)]
+    gram = [[gram[min(k, m)][max(k, m)] for m in range(len(basis))] for k in range(len(basis))]
+    adjugate = [[_cofactor(gram, k, m) for m in range(len(basis))] for k in range(len(basis))]
+    determinant = sum(gram[0][m] * adjugate[0][m] for m in range(len(basis)))
     stacked = torch.stack([torch.stack(row, dim=-1) for row in adjugate], dim=-2)
-    return torch.stack(basis, dim=-2), torch.stack(gram[0], dim=-1), determinant, stacked
+    return *basis, torch.stack(gram[0], dim=-1), determinant, stacked
 
 
 def _cofactor(matrix: list[list[Tensor]], k: int, m: int) -> Tensor:
@@ -185,27 +195,29 @@ class _TileVolumes(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, square: Tensor, basis: Tensor, first_row: Tensor, determinant: Tensor, adjugate: Tensor
-    ):
-        products = [torch.addmm(-first_row[:, k], x, basis[:, k].T) for k in range(basis.shape[1])]
+    def forward(ctx, x: Tensor, square: Tensor, *tuples: Tensor):
+        *basis, first_row, determinant, adjugate = tuples
+        products = [torch.addmm(-first_row[:, k], x, b.T) for k, b in enumerate(basis)]
         volume = _edge_square(square, first_row, products).mul_(determinant)
         for k, h in enumerate(products):
             volume.addcmul_(h, _weighted(adjugate, k, products), value=-1)
         volume.clamp_min_(EPSILON).sqrt_()
-        ctx.save_for_backward(x, square, basis, first_row, determinant, adjugate, volume, *products)
+        ctx.save_for_backward(x, square, *tuples, volume, *products)
         return volume
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_volume: Tensor):
-        x, square, basis, first_row, determinant, adjugate, volume, *products = ctx.saved_tensors
+        x, square, *saved = ctx.saved_tensors
+        members = (len(saved) - 4) // 2
+        *basis, first_row, determinant, adjugate, volume = saved[: members + 4]
+        products = saved[members + 4 :]
         d = (d_volume / volume).mul_(0.5)  # towards V², which is constant where it was clamped
         d.masked_fill_(volume <= 1.0001 * math.sqrt(EPSILON), 0)
         d_determinant = _edge_square(square, first_row, products).mul_(d).sum(0)
         d_square = d @ determinant
-        d_first_row, d_basis, d_x = torch.empty_like(first_row), torch.empty_like(basis), torch.zeros_like(x)
-        d_adjugate = torch.empty_like(adjugate)
+        d_first_row, d_adjugate, d_x = torch.empty_like(first_row), torch.empty_like(adjugate), torch.zeros_like(x)
+        d_basis = []
         for k, h in enumerate(products):
             scaled = d * h
             for m in range(k, len(products)):
@@ -215,10 +227,10 @@ class _TileVolumes(torch.autograd.Function):
                 d_product.add_(determinant)
             d_product.mul_(d).mul_(-2)
             d_first_row[:, k] = -d_product.sum(0)
-            d_basis[:, k] = d_product.T @ x
-            d_x.addmm_(d_product, basis[:, k])
+            d_basis.append(d_product.T @ x)
+            d_x.addmm_(d_product, basis[k])
         d_first_row[:, 0] -= d.sum(0) * determinant
-        return d_x, d_square, d_basis, d_first_row, d_determinant, d_adjugate
+        return d_x, d_square, *d_basis, d_first_row, d_determinant, d_adjugate
 
 
 def _edge_square(square: Tensor, first_row: Tensor, products: list[Tensor]) -> Tensor:
@@ -232,12 +244,3 @@ def _weighted(adjugate: Tensor, k: int, products: list[Tensor]) -> Tensor:
     for m in range(1, len(products)):
         total.addcmul_(adjugate[:, k, m], products[m])
     return total
-
-
-def _root(edge_square: Tensor, products: list[Tensor], determinant: Tensor, adjugate: Tensor) -> Tensor:
-    """sqrt(|e|² D - h' A h) from |e|² and the K products h_k, all of one shape; D and A broadcast against it."""
-    square = edge_square * determinant
-    for k, h in enumerate(products):
-        inner = sum(adjugate[..., k, m] * products[m] for m in range(len(products)))
-        square = square - h * inner
-    return square.clamp_min(EPSILON).sqrt()

@@ -147,7 +147,7 @@ class UniAlign(Objective):
     def _volume(self, z: Embeddings) -> Tensor:
         """The second term of eq. 12."""
         complete = torch.stack([z.valid[name] for name in z.names]).all(0)
-        return z.mean(gram_volume(torch.stack([z.z[name] for name in z.names], dim=-2)), complete)
+        return z.mean(gram_volume([z.z[name] for name in z.names]), complete)
 
 
 def euclidean_score(rows: Inputs, columns: Inputs, shared: Inputs) -> Tensor:

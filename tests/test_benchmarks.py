@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
-    "losses": "--batch-sizes 16 --dim 8 --repeats 1",
+    "objectives": "--batch-size 16 --dim 8 --repeats 1 --growth 8,16",
     "loader": "--workers 1 --batches 1 --repeats 1 train.batch_size=4",
     "step": "--repeats 2 train.batch_size=4",
 }
@@ -36,12 +36,11 @@ def started() -> Iterator[dict[str, subprocess.Popen]]:
 
 
 def rows(process: subprocess.Popen) -> list[dict[str, str]]:
-    """The table that a script prints."""
+    """The (first) table that a script prints."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    heads, _, *lines = [
-        [cell.strip() for cell in line.strip("| ").split("|")] for line in out.splitlines() if "|" in line
-    ]
+    tables = [block for block in out.split("\n\n") if "|" in block]
+    heads, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in tables[0].splitlines()]
     return [dict(zip(heads, line, strict=True)) for line in lines]
 
 
@@ -50,12 +49,12 @@ def assert_ratio(row: dict[str, str], peer: str) -> None:
     assert float(row["time ratio"]) == pytest.approx(float(row["trivium ms"]) / float(row[peer]), rel=0.2)
 
 
-def test_losses(started: dict[str, subprocess.Popen]) -> None:
-    found = rows(started["losses"])
-    assert [row["objective"] for row in found] == ["infonce", "gram", "unialign"]
+def test_objectives(started: dict[str, subprocess.Popen]) -> None:
+    found = rows(started["objectives"])
+    assert [row["case"] for row in found] == ["infonce", "siglip", "gram-3", "gram-4", "unialign"]
     for row in found:
-        assert_ratio(row, "naive ms")
-        assert float(row["naive MiB"]) >= 0 and float(row["difference"]) < 1e-4
+        assert_ratio(row, "peer ms")
+        assert float(row["peer MiB"]) >= 0 and float(row["difference"]) < 1e-4
 
 
 def test_loader(started: dict[str, subprocess.Popen]) -> None:
