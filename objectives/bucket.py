@@ -10,6 +10,7 @@ from torch import Tensor
 from ..datasets.registry import InputError
 from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
+from .options import not_negative
 
 
 @register("bucket")
@@ -22,7 +23,8 @@ class Bucket(Objective):
     for each modality n != a, and the mean over them. "Towards Bridging the Semantic Spaces of the One-to-Many Mapping
     in Cross-Modality Text-to-Video Generation", eq. 4. B_i are the samples of the global batch in i's bucket, i itself
     among them; N is the number of samples with the anchor. Because S is linear, sums over buckets replace the N x N
-    matrix: time and memory are linear in N. Where modalities are missing, |B_i| counts the samples that are there.
+    matrix: time and memory are linear in N. Where modalities are missing, |B_i| counts the samples that are there, and
+    an anchor whose bucket has none leaves the mean.
 
     Args:
         anchor: modality a, the text of the paper; the first of the model by default.
@@ -43,11 +45,7 @@ class Bucket(Objective):
         normalise: Literal["bucket", "negatives"] = "bucket",
     ) -> None:
         super().__init__()
-        for name, value in {"lambda_neg": lambda_neg, "lambda_pos": lambda_pos, "alpha": alpha}.items():
-            if value < 0:
-                raise InputError(
-                    f"{name}={value} is negative, which would turn the loss around; the paper takes 1 or 2"
-                )
+        not_negative("the paper takes 1, 1 and 2", lambda_neg=lambda_neg, lambda_pos=lambda_pos, alpha=alpha)
         self.anchor = anchor
         self.lambda_neg, self.lambda_pos, self.alpha = lambda_neg, lambda_pos, alpha
         self.normalise = normalise
@@ -82,6 +80,7 @@ class Bucket(Objective):
         different = ((x * (of_bucket.sum(0) - of_bucket[own])).sum(-1) + outside) / 2
         partner = torch.where(there, ((x * y).sum(-1) + 1) / 2, torch.zeros_like(inside))
         divisor = inside if self.normalise == "bucket" else outside
-        negative = z.mean(different / divisor.clamp_min(1), z.valid[anchor])
-        positive = z.mean((similar + (self.alpha - 1) * partner) / inside.clamp_min(1), z.valid[anchor])
+        counted = z.valid[anchor] & (inside > 0)
+        negative = z.mean(different / divisor.clamp_min(1), counted)
+        positive = z.mean((similar + (self.alpha - 1) * partner) / inside.clamp_min(1), counted)
         return self.lambda_neg * negative, self.lambda_pos * positive

@@ -13,6 +13,7 @@ from ..datasets.registry import InputError
 from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
 from .heads import Head, follow, frozen_copy
+from .options import share
 
 
 class _Predictive(Objective):
@@ -74,8 +75,7 @@ class BYOL(_Predictive):
         self, *, hidden: int = 4096, width: int = 256, predictor_hidden: int = 4096, momentum: float = 0.996
     ) -> None:
         super().__init__(hidden, width, predictor_hidden)
-        if not 0 <= momentum <= 1:
-            raise InputError(f"momentum={momentum} is outside [0, 1]; the paper takes 0.996")
+        share("the paper takes 0.996", momentum=momentum)
         self.momentum = momentum
         self.targets = nn.ModuleDict()
 

@@ -56,6 +56,8 @@ class Embeddings:
         self.names = tuple(z)
         first = z[self.names[0]]
         n, device = first.shape[0], first.device
+        if n * gather.world_size() < 2:
+            raise InputError("a batch of one sample has nothing to compare it with; use train.batch_size of 2 or more")
         everything = torch.ones(n, dtype=torch.bool, device=device)
         self._complete = valid is None or bool(torch.stack([*valid.values()]).all())  # waits for the GPU
         self.valid = {name: everything if valid is None else valid[name].to(device) for name in self.names}
@@ -88,6 +90,10 @@ class Embeddings:
     def gather(self, x: Tensor) -> Tensor:
         """Rows x (n, ...) of all ranks, (N, ...); differentiable for every rank's rows."""
         return gather.gather_rows(x)
+
+    def share(self, x: Tensor) -> Tensor:
+        """This rank's part of rows (m, ...) that every rank holds: together the ranks have each row once."""
+        return x[gather.rank() :: gather.world_size()]
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Elementwise sum over ranks, differentiable."""

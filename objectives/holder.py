@@ -10,6 +10,7 @@ from torch import Tensor
 from ..datasets.registry import InputError, nearest
 from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
+from .options import positive
 from .tiled import marginals
 from .unialign import euclidean_score
 
@@ -20,7 +21,7 @@ class Holder(Objective):
 
     D = (1/M) sum_m log mean_i (s_i^m)^(M-1) - log mean_i prod_{m != a} c_i^m                  (eq. 24)
     s_i^m = mean_k K(z_i^m, z_k^m; tau_m),   c_i^m = mean_k K(z_i^a, z_k^m; tau_m)             (eq. 22, 23)
-    K(x, y; tau) = exp(-|x - y|² / (2 tau²))
+    K(x, y; tau) = exp(-|x - y|² / (2 tau²)), divided by tau^D where bandwidths differ
 
     "Towards Uniformity and Alignment for Multi-Modal Representation Learning", eq. 15-24. The first term spreads every
     modality out, the second draws the densities over each other; which sample belongs to which, it does not see. Where
@@ -48,9 +49,7 @@ class Holder(Objective):
         tile: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"tau": tau, **{f"taus.{name}": value for name, value in (taus or {}).items()}}.items():
-            if value <= 0:
-                raise InputError(f"{name}={value} is not positive; the paper uses 0.07")
+        positive("the paper uses 0.07", tau=tau, **{f"taus.{name}": value for name, value in (taus or {}).items()})
         if average_anchors and anchor is not None:
             raise InputError(f"average_anchors takes every modality as the anchor; leave anchor={anchor!r} out")
         self.anchor = anchor
@@ -103,4 +102,6 @@ class Holder(Objective):
             tile=self.tile,
         )
         neighbours = z.count(z.valid[of]) - int(own is not None)
-        return found.row_lse - neighbours.to(found.row_lse.dtype).log()
+        # (2 pi tau²)^(-D / 2) makes the kernel a density; what does not depend on the modality cancels in D
+        normaliser = z.z[at].shape[1] * math.log(self.taus.get(of, self.tau) / self.tau)
+        return found.row_lse - neighbours.to(found.row_lse.dtype).log() - normaliser

@@ -10,6 +10,7 @@ from ..datasets.registry import InputError, nearest
 from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
 from .matching import checked_smoothing, match_both_ways
+from .options import positive
 from .temperature import Temperature
 
 
@@ -103,8 +104,7 @@ def pair_weights(
     for key, weight in weights.items():
         if key not in spelled:
             raise InputError(f"weights: no pair {key!r} takes part; {nearest(key, (f'{m}-{n}' for m, n in pairs))}")
-        if weight <= 0:
-            raise InputError(f"weights: {key}={weight} is not positive; leave the pair out to switch it off")
+        positive("leave the pair out to switch it off", **{f"weights.{key}": weight})
     chosen = {spelled[key]: weight for key, weight in weights.items()}
     if len(chosen) < max(1, len(weights)):
         raise InputError(f"weights={weights} is empty or names a pair twice; name each pair that takes part once")

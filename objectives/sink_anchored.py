@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..datasets.registry import InputError, nearest
-from . import gather, register
+from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
+from .options import not_negative, positive, share
 from .precision import matmul
 
 
@@ -73,12 +74,11 @@ class SinkAnchored(Objective):
             raise InputError(f"chosen={chosen} is no part of anchors={anchors}; take at least 1 and fewer than all")
         if queue < 0 or iterations < 1:
             raise InputError(f"queue={queue}, iterations={iterations}: give a queue of 0 or more and an iteration")
-        for name, value in {"epsilon": epsilon, "temperature": temperature}.items():
-            if value <= 0:
-                raise InputError(f"{name}={value} is not positive; the released code takes 0.07 and 0.1")
-        for name, value in {"damping": damping, "eta": eta}.items():
-            if not 0 <= value <= 1:
-                raise InputError(f"{name}={value} is outside [0, 1]")
+        positive("the released code takes 0.07 and 0.1", epsilon=epsilon, temperature=temperature)
+        factors = {"cross_modal": cross_modal, "modality_specific": modality_specific}
+        factors |= {f"weights.{pair}": weight for pair, weight in (weights or {}).items()}
+        not_negative("use 0 to switch those terms off", **factors)
+        share("the paper takes 0.25 and 0.1", damping=damping, eta=eta)
         self.anchors, self.chosen = anchors, chosen
         self.channels = channel_weights(design, anchors, chosen, damping, eta)
         self.epsilon, self.iterations, self.queue = epsilon, iterations, queue
@@ -90,11 +90,9 @@ class SinkAnchored(Objective):
     def check(self, names: tuple[str, ...]) -> None:
         split_anchor(names, None)
         known = [f"{m}-{n}" for m, n in product(names, names)]
-        for pair, weight in self.weights.items():
+        for pair in self.weights:
             if pair not in known:
                 raise InputError(f"weights: {pair!r} is no pair of this model; {nearest(pair, known)}")
-            if weight < 0:
-                raise InputError(f"weights: {pair}={weight} is negative; use 0 to switch the pair off")
 
     def setup(self, names: tuple[str, ...], dim: int, widths: Mapping[str, int]) -> None:
         for name in names:
@@ -145,7 +143,7 @@ class SinkAnchored(Objective):
 
     def _assign(self, z: Embeddings, name: str, scores: Tensor, anchors: _AnchorSet, memory: _AnchorSet) -> Tensor:
         """Soft assignments (n, K) in [0, 1] of this rank's samples of one modality to one set of anchors."""
-        queued, queued_valid = memory.part_of_this_rank()
+        queued, queued_valid = z.share(memory.samples), z.share(memory.valid)
         scores = torch.cat([anchors(queued.to(scores.dtype)), scores])
         valid = torch.cat([queued_valid, z.valid[name]])
         shares = multi_sinkhorn_knopp(
@@ -170,16 +168,12 @@ class _AnchorSet(nn.Module):
         """Cosines (n, K) of unit vectors (n, width) with the anchors."""
         return matmul(x, F.normalize(self.weight, dim=-1).T)
 
-    def part_of_this_rank(self) -> tuple[Tensor, Tensor]:
-        """Every world-th sample of the queue, and which of them are there."""
-        return self.samples[gather.rank() :: gather.world_size()], self.valid[gather.rank() :: gather.world_size()]
-
     @torch.no_grad()
     def push(self, x: Tensor, valid: Tensor) -> None:
-        """Append samples (N, width); the oldest leave."""
-        size = len(self.samples)
+        """Append those of the samples (N, width) that are there; the oldest leave."""
+        size, x = len(self.samples), x[valid]
         self.samples.copy_(torch.cat([self.samples, x.to(self.samples.dtype)])[-size:])
-        self.valid.copy_(torch.cat([self.valid, valid])[-size:])
+        self.valid.copy_(torch.cat([self.valid, valid[valid]])[-size:])
 
 
 def channel_weights(design: str, anchors: int, chosen: int, damping: float, eta: float) -> list[tuple[float, int, int]]:
@@ -217,21 +211,26 @@ def multi_sinkhorn_knopp(
         all_sum: sum over ranks.
     """
     rows = valid.to(scores.dtype)[None, :, None]
-    weights, counts = (scores.new_tensor([channel[i] for channel in channels])[:, None, None] for i in (0, 1))
+    weights = scores.new_tensor([channel[0] for channel in channels])[:, None, None]
     total = all_sum(valid.sum()).to(scores.dtype).clamp_min(1)
-    # dividing by the overall sum, as published, changes no later step; the largest score is 1, so exp cannot overflow
-    shares = (weights * scores / epsilon).exp() * rows
+    # a sample's largest score is taken off against overflow: the first step divides by what that changes, as it does by
+    # the overall sum that the published code divides by before
+    shares = (weights * (scores - scores.amax(1, keepdim=True)) / epsilon).exp_().mul_(rows)
     tiny = torch.finfo(scores.dtype).tiny
-    for _ in range(iterations):
-        shares = shares / shares.sum(2, keepdim=True).clamp_min(tiny)
-        shares = shares * (total / scores.shape[1]) / all_sum(shares.sum(1, keepdim=True)).clamp_min(tiny)
-        shares = shares / (counts * shares).sum(0, keepdim=True).clamp_min(tiny)
-    return shares / shares.sum(2, keepdim=True).clamp_min(tiny)
+    for _ in range(iterations):  # in place: with a channel for each anchor this is the largest tensor of the step
+        shares.div_(shares.sum(2, keepdim=True).clamp_min_(tiny))
+        shares.mul_(total / scores.shape[1] / all_sum(shares.sum(1, keepdim=True)).clamp_min_(tiny))
+        of_all = torch.zeros_like(shares[0])
+        for channel, (_, count, _) in zip(shares, channels, strict=True):
+            of_all.add_(channel, alpha=count)
+        shares.div_(of_all.clamp_min_(tiny))
+    return shares.div_(shares.sum(2, keepdim=True).clamp_min_(tiny))
 
 
 def assignments(shares: Tensor, channels: list[tuple[float, int, int]]) -> Tensor:
     """Sum of the K' strongest channels, stretched per sample to [0, 1]: (groups, n, K) -> (n, K)."""
-    strongest = shares.new_tensor([channel[2] for channel in channels])[:, None, None]
-    together = (strongest * shares).sum(0)
+    together = torch.zeros_like(shares[0])
+    for channel, (_, _, strongest) in zip(shares, channels, strict=True):
+        together.add_(channel, alpha=strongest)
     low, high = together.amin(1, keepdim=True), together.amax(1, keepdim=True)
     return (together - low) / (high - low).clamp_min(torch.finfo(shares.dtype).eps)

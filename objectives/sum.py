@@ -11,6 +11,7 @@ from torch import nn
 from ..datasets.registry import InputError
 from . import OBJECTIVES, register
 from .embeddings import Embeddings, Loss, Objective
+from .options import positive
 
 
 @register("sum")
@@ -35,9 +36,10 @@ class Sum(Objective):
             options = dict(term)
             if "name" not in options:
                 raise InputError(f"terms[{index}]={options} has no name; give it one, such as {{name: unialign}}")
-            name, weight = options.pop("name"), float(options.pop("weight", 1.0))
-            if weight <= 0:
-                raise InputError(f"terms[{index}].weight={weight} is not positive; leave the objective out instead")
+            name, weight = options.pop("name"), options.pop("weight", 1.0)
+            if not isinstance(weight, (int, float)):
+                raise InputError(f"terms[{index}].weight={weight!r} is no number; give one such as 0.1")
+            positive("leave the objective out instead", **{f"terms[{index}].weight": float(weight)})
             seen[name] += 1
             label = name if seen[name] == 1 else f"{name}_{seen[name]}"
             self.objectives[label] = OBJECTIVES.build(name, **options)

@@ -281,9 +281,9 @@ def _of_rows(scores: Tensor) -> Tensor:
 def _both_sides(plan: _Plan, parts: list[Tensor], scores: Tensor, tile: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
     """Log-sum-exps of the rows (t,) and columns (u,) of one tile, whose `scores` are used up."""
     rows, columns = plan.weights(scores, *tile)
-    peak = scores.max()
+    plan.drop_own(scores, *tile, -torch.inf)  # before the maximum, which it often is
+    peak = scores.max().clamp_min(torch.finfo(scores.dtype).min)  # -inf where nothing else is in the tile
     shares = scores.sub_(peak).exp_()
-    plan.drop_own(shares, *tile, 0)
     by_row, by_column = rows * (shares @ columns), columns * (rows @ shares)
     smallest = torch.cat([by_row.masked_fill(rows == 0, 1), by_column.masked_fill(columns == 0, 1)]).amin()
     if smallest > SMALLEST_SUM:

@@ -12,6 +12,7 @@ from ..datasets.registry import InputError, nearest
 from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
 from .gram import gram_volume
+from .options import not_negative, positive
 from .tiled import Inputs, marginals
 
 
@@ -39,6 +40,7 @@ class UniAlign(Objective):
         volume: whether L_vol takes part (table 2).
         centroid_weights: w_m of eq. 11 by modality, relative to each other; all equal by default.
         geometry: "euclidean", or "geodesic" for d = arccos(z_i . z_j) in uniformity and alignment (eq. 14, table 4).
+        alignment_geometry: of the alignment alone, where it is to differ.
         detach_anchor: let L_align move the others only. Eq. 10 as printed moves the anchor too, and that is the
             default; the paper's text has the anchor "optimized only with the uniformity objective", which is this.
         tile: side of the score tiles in memory, by default 512 on a CPU and 4096 on a GPU; the loss does not depend on
@@ -58,28 +60,26 @@ class UniAlign(Objective):
         volume: bool = True,
         centroid_weights: dict[str, float] | None = None,
         geometry: Literal["euclidean", "geodesic"] = "euclidean",
+        alignment_geometry: Literal["euclidean", "geodesic"] | None = None,
         detach_anchor: bool = False,
         tile: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"tau": tau, "tau_centroid": tau_centroid}.items():
-            if value <= 0:
-                raise InputError(f"{name}={value} is not positive; the paper uses 0.07")
-        for name, value in {"lambda_uni": lambda_uni, "lambda_align": lambda_align, "lambda_vol": lambda_vol}.items():
-            if value < 0:
-                raise InputError(f"{name}={value} is negative; use 0 to switch the term off")
+        positive("the paper uses 0.07", tau=tau, tau_centroid=tau_centroid)
+        lambdas = {"lambda_uni": lambda_uni, "lambda_align": lambda_align, "lambda_vol": lambda_vol}
+        not_negative("use 0 to switch the term off", **lambdas)
         if not (lambda_uni or lambda_align or (lambda_vol and (centroid or volume))):
             raise InputError("lambda_uni, lambda_align and lambda_vol switch every term off; leave one positive")
-        if centroid_weights is not None and (min(centroid_weights.values()) < 0 or sum(centroid_weights.values()) <= 0):
-            raise InputError(
-                f"centroid_weights={centroid_weights} has a negative weight or no positive one; see eq. 11"
-            )
+        if centroid_weights is not None:
+            remedy = "w_m of eq. 11 are 0 or more, and one is more"
+            not_negative(remedy, **{f"centroid_weights.{name}": w for name, w in centroid_weights.items()})
+            positive(remedy, **{"the sum of centroid_weights": sum(centroid_weights.values())})
         self.anchor = anchor
         self.lambda_uni, self.lambda_align, self.lambda_vol = lambda_uni, lambda_align, lambda_vol
         self.tau, self.tau_centroid = tau, tau_centroid
         self.centroid, self.volume = centroid, volume
         self.centroid_weights = centroid_weights
-        self.geometry = geometry
+        self.geometry, self.alignment_geometry = geometry, alignment_geometry or geometry
         self.detach_anchor = detach_anchor
         self.tile = tile
 
@@ -133,7 +133,7 @@ class UniAlign(Objective):
         target = z.z[anchor].detach() if self.detach_anchor else z.z[anchor]
         chord_square = torch.stack([(target - z.z[name]).square().sum(-1) for name in others])
         there = torch.stack([z.valid[anchor] & z.valid[name] for name in others])
-        return z.mean(angle_square(chord_square / 4) if self.geometry == "geodesic" else chord_square, there)
+        return z.mean(angle_square(chord_square / 4) if self.alignment_geometry == "geodesic" else chord_square, there)
 
     def _centroid_uniformity(self, z: Embeddings) -> Tensor:
         """The first term of eq. 12. Absent modalities are zeros, so they leave the sum."""

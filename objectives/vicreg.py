@@ -12,6 +12,7 @@ from ..datasets.registry import InputError
 from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
 from .heads import Head
+from .options import not_negative
 from .precision import matmul
 
 VARIANCE_EPSILON = 1e-4
@@ -46,9 +47,7 @@ class VICReg(Objective):
     ) -> None:
         super().__init__()
         weights = {"invariance": invariance, "variance": variance, "covariance": covariance}
-        for name, value in weights.items():
-            if value < 0:
-                raise InputError(f"{name}={value} is negative; use 0 to switch the term off")
+        not_negative("use 0 to switch the term off", **weights)
         if not any(weights.values()):
             raise InputError("invariance, variance and covariance switch every term off; leave one positive")
         if any(width < 1 for width in expander):

@@ -194,3 +194,20 @@ def test_the_written_out_derivative_passes_gradcheck(members):
     assert torch.autograd.gradcheck(
         lambda a, t: _volumes(anchor_inputs(a), tuple_inputs(t.unbind(-2))), (anchor, tuples)
     )
+
+
+@pytest.mark.parametrize("spread, largest", [(0.1, 1e-4), (0.01, 5e-3), (0.003, 5e-2)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_the_gradient_in_float32_stays_right_where_training_succeeds(spread, largest, label_smoothing):
+    """Tuples that lie nearly in a plane: their volume is small though no two of their vectors agree."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(64, 256, generator=generator, dtype=torch.float64)  # noqa: E731
+    u, v = draw(), draw()
+    flat = {"text": u, "video": v, "audio": u + v + spread * draw()}
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        z = {name: F.normalize(x, dim=-1).to(dtype).requires_grad_() for name, x in flat.items()}
+        build("gram", label_smoothing=label_smoothing)(Embeddings(z)).total.backward()
+        gradients.append(torch.cat([x.grad.double() for x in z.values()]))
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert error < largest, float(error)

@@ -19,8 +19,10 @@ def vectors(n=6, dim=3):
 
 
 def density(at, points, tau, skip=None) -> float:
+    """Of the normal density of bandwidth tau around each point, the mean."""
+    scale = (2 * math.pi * tau**2) ** (-len(at) / 2)
     kernels = [math.exp(-float((at - p).square().sum()) / (2 * tau**2)) for k, p in enumerate(points) if k != skip]
-    return sum(kernels) / len(kernels)
+    return scale * sum(kernels) / len(kernels)
 
 
 def slow(z, taus, leave_one_out, anchors) -> float:

@@ -44,6 +44,8 @@ def test_everything_reaches_the_summands():
         ([{"weight": 1.0}], "has no name"),
         ([{"name": "unialing"}], "unialign"),
         ([{"name": "gram", "weight": 0}], "weight=0.0 is not positive"),
+        ([{"name": "gram", "weight": float("nan")}], "weight=nan is not positive"),
+        ([{"name": "gram", "weight": "hot"}], "weight='hot' is no number"),
         ([{"name": "gram", "tau": 1}], "has no option 'tau'"),
     ],
 )

@@ -36,13 +36,16 @@ def slow_uniformity(vectors, tau, geometry):
     return sum(losses) / max(len(losses), 1)
 
 
-def slow(z, valid, anchor="text", geometry="euclidean", tau=0.07, tau_centroid=0.07, weights=None, detach=False):
+def slow(
+    z, valid, anchor="text", geometry="euclidean", tau=0.07, tau_centroid=0.07, weights=None, detach=False, aligned=None
+):
     """Each part of eq. 13."""
     n = len(z[anchor])
     parts = {f"uniformity/{m}": slow_uniformity([z[m][i] for i in range(n) if valid[m][i]], tau, geometry) for m in z}
     pairs = [(i, m) for m in z if m != anchor for i in range(n) if valid[m][i] and valid[anchor][i]]
     target = z[anchor].detach() if detach else z[anchor]
-    parts["alignment"] = sum(square_distance(target[i], z[m][i], geometry) for i, m in pairs) / max(len(pairs), 1)
+    distances = [square_distance(target[i], z[m][i], aligned or geometry) for i, m in pairs]
+    parts["alignment"] = sum(distances) / max(len(pairs), 1)
     weights = weights or dict.fromkeys(z, 1.0)
     centroids = []
     for i in range(n):
@@ -84,6 +87,11 @@ def compare(options, valid=None, lambdas=(1, 1, 1), names=NAMES, **slow_options)
 @pytest.mark.parametrize("tile", [1, 4, 2048])
 def test_equation_13(geometry, tile):
     compare({"geometry": geometry, "tile": tile}, geometry=geometry)
+
+
+@pytest.mark.parametrize("geometry, aligned", [("euclidean", "geodesic"), ("geodesic", "euclidean")])
+def test_every_cell_of_table_4(geometry, aligned):
+    compare({"geometry": geometry, "alignment_geometry": aligned}, geometry=geometry, aligned=aligned)
 
 
 @pytest.mark.parametrize("names", [("text", "video"), (*NAMES, "depth")])
