@@ -225,4 +225,6 @@ def show(results: list[dict[str, Any]], plan: Plan) -> None:
             grid.add_row(*line)
         console.print(grid)
         console.print()
+    if unreadable := max((result["protocol"].get("n_unreadable", 0) for result in results), default=0):
+        console.print(f"unreadable items, counted as missing: {unreadable}; see skipped.jsonl")
     console.print(f"written to {escape(str(plan.out))}", soft_wrap=True)

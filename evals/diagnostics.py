@@ -21,6 +21,9 @@ class Geometry:
     Args:
         tau: temperature of the conflict measures, bandwidth of the divergence's kernel.
         limit: most items used: time and memory grow with its square.
+
+    The protocol's n counts the items used, n_missing those of them that lack a modality: each measure takes the items
+    that have what it compares.
     """
 
     def __init__(self, *, tau: float = 0.07, limit: int = 2048) -> None:
@@ -30,9 +33,17 @@ class Geometry:
         self.limit = limit
 
     def run(self, embeddings: EmbeddingSet) -> Result:
-        metrics = geometry(embeddings.z, embeddings.valid, tau=self.tau, limit=self.limit)
-        protocol = {"n": min(len(embeddings), self.limit), "tau": self.tau, "split_sha256": embeddings.digest()}
-        return Result("geometry", metrics, {}, protocol)
+        n = min(len(embeddings), self.limit)
+        rows = torch.arange(n) * len(embeddings) // max(n, 1)  # evenly spaced
+        z = {name: x[rows] for name, x in embeddings.z.items()}
+        valid = {name: x[rows] for name, x in embeddings.valid.items()}
+        protocol = {
+            "n": n,
+            "n_missing": {name: int((~there).sum()) for name, there in valid.items()},
+            "tau": self.tau,
+            "split_sha256": embeddings.digest(),
+        }
+        return Result("geometry", geometry(z, valid, tau=self.tau, limit=self.limit), {}, protocol)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,15 @@ import torch.distributed as dist
 from ..datasets.batch import Batch
 from . import TASKS
 from .embeddings import EmbeddingError, EmbeddingSet, Encode, distributed, embed
-from .results import Result, append_history, write_results
+from .results import Result, Results, append_history, write_results
 
 if TYPE_CHECKING:
     from ..datasets.stream import Source
     from ..modalities.model import MultimodalModel
 
 __all__ = [
-    "EmbeddingError", "EmbeddingSet", "Result", "append_history", "check_tasks", "embed", "evaluate", "evaluate_split",
-    "run_tasks", "write_results",
+    "EmbeddingError", "EmbeddingSet", "Result", "Results", "append_history", "check_tasks", "embed", "evaluate",
+    "evaluate_split", "run_tasks", "write_results",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,10 @@ log = logging.getLogger(__name__)
 Tasks = Mapping[str, Mapping[str, Any]]
 
 
-def evaluate(encode: Encode, batches: Iterable[Batch], total: int, tasks: Tasks) -> list[Result]:
-    """Embed a split on all ranks and run the tasks on it; the same list of results on every rank.
+def evaluate(encode: Encode, batches: Iterable[Batch], total: int, tasks: Tasks) -> Results:
+    """Embed a split on all ranks and run the tasks on it; the same results on every rank.
+
+    The samples that could not be read count as missing in every number, and are the `skipped` of what is returned.
 
     Nothing that goes wrong here stops a run: when the split cannot be embedded, each task gets an error in place of
     metrics; when one task fails, it alone does. The states of all random generators are put back afterwards.
@@ -47,8 +50,8 @@ def evaluate(encode: Encode, batches: Iterable[Batch], total: int, tasks: Tasks)
         try:
             embeddings = embed(encode, batches, total)
         except EmbeddingError as error:  # raised on all ranks or on none
-            return [Result(name, error=f"the split could not be embedded: {error}") for name in tasks]
-        return run_tasks(embeddings, tasks)
+            return Results(Result(name, error=f"the split could not be embedded: {error}") for name in tasks)
+        return Results(run_tasks(embeddings, tasks), embeddings.skipped)
 
 
 def evaluate_split(
@@ -88,7 +91,10 @@ def evaluate_split(
 
 
 def run_tasks(embeddings: EmbeddingSet, tasks: Tasks) -> list[Result]:
-    """Run each task on the first rank and hand its result to all; a task that raises gives a Result with `error`."""
+    """Run each task on the first rank and hand its result to all; a task that raises gives a Result with `error`.
+
+    Every protocol says how many items the split has and how many of them could not be read, whatever its task says.
+    """
     results = None
     if not distributed() or dist.get_rank() == 0:
         with preserved_rng():
@@ -108,7 +114,9 @@ def check_tasks(tasks: Tasks) -> None:
 
 def _run(name: str, options: Mapping[str, Any], embeddings: EmbeddingSet) -> Result:
     try:
-        return TASKS.build(name, **(options or {})).run(embeddings)
+        result = TASKS.build(name, **(options or {})).run(embeddings)
+        counts = {"n_items": len(embeddings), "n_unreadable": len(embeddings.skipped)}
+        return replace(result, protocol=counts | result.protocol)
     except Exception as error:  # one task must not take the run, nor the other tasks, with it
         log.exception("task %s failed", name)
         return Result(name, error=f"{type(error).__name__}: {error}")

@@ -53,7 +53,7 @@ class Record:
         config, environment, ending: config.yaml, environment.json, exit.json.
         metrics: the logged steps in order, each once.
         history: the periodic evaluations in order, each (step, split, task) once.
-        skipped: the samples that could not be read.
+        skipped: the samples that could not be read, in training or in an evaluation, each once.
         split: the name of the final evaluation's split.
         card, embeddings: what the final evaluation wrote.
     """
@@ -132,11 +132,18 @@ def read_run(run: Path) -> Record:
         ending=_json(run / "exit.json"),
         metrics=[steps[step] for step in sorted(steps)],
         history=sorted(evaluations.values(), key=lambda line: line["step"]),
-        skipped=read_lines(run / "skipped.jsonl"),
+        skipped=_skipped(run),
         split=split,
         card=read_results(folder) if folder else None,
         embeddings=read_embeddings(folder) if folder else None,
     )
+
+
+def _skipped(run: Path) -> list[dict[str, Any]]:
+    """The lines of the run's skipped.jsonl and of its final evaluations', each sample of a split once."""
+    paths = [run / "skipped.jsonl", *sorted((run / "evals").glob("*/skipped.jsonl"))]
+    lines = [line for path in paths for line in read_lines(path)]
+    return list({(line.get("split"), line.get("position"), line.get("key")): line for line in lines}.values())
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -167,6 +174,21 @@ def rows(task: Mapping[str, Any] | None) -> list[Row]:
         counts = {key: row[key] for key in ("n_query", "n_gallery", "n_missing")}
         out.append(Row(name, metrics, row["chance"], counts))
     return out
+
+
+def headline(task: dict[str, Any] | None) -> list[Row]:
+    """The rows that a reader looks at first: from and to the anchor modality, by cosine and by volume."""
+    if task is None:
+        return []
+    anchor = task["protocol"].get("anchor")
+    return [row for row in rows(task) if anchor in (row.query, row.gallery)][:8]
+
+
+def pretty(name: str, score: bool = True) -> str:
+    """`text->video+audio/volume` as a reader's words."""
+    pair, _, how = name.partition("/")
+    pair = pair.replace("->", " → ").replace("+", " + ")
+    return f"{pair}, {how}" if score and how else pair
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -5,20 +5,24 @@ What a run has not written is named in the report, never invented: it can be wri
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..objectives.geometry import geometry
 from . import diagnostics
-from .charts import Series, categorical, line_chart, scatter, smooth
+from .charts import categorical, scatter
+from .curves import evaluation_charts, learning_curves, recall_chart
 from .embeddings import EmbeddingSet
 from .gallery import gallery
-from .record import Record, Row, read_run, rows
+from .record import Record, Row, headline, pretty, read_run, rows
 from .results import table, write_atomically
 
 LEGEND = 24  # classes named beside a t-SNE
+TAU = inspect.signature(geometry).parameters["tau"].default  # of the geometry that training logs
 
 
 def write_report(run: Path) -> Path:
@@ -38,25 +42,19 @@ def write_report(run: Path) -> Path:
         "protocol": _protocol(task),
         "cards": [_card(row) for row in headline(task)],
         "table": table(task) if rows(task) else None,
-        "recall": [chart for chart in [_recall_chart(task), *_evaluation_charts(record)] if chart],
+        "recall": [chart for chart in [recall_chart(task), *evaluation_charts(record)] if chart],
         "gallery": gallery(record, task),
-        "curves": _curves(record),
+        "curves": learning_curves(record),
         "space": _space(record.embeddings),
         "geometry": _geometry(record),
+        "curves_note": _tau_note(TAU) if record.keys("geometry/") else "",
+        "skip_keys": list(dict.fromkeys(key for line in record.skipped for key in line)),
         "throughput": _throughput(record),
         "failed": [line for line in record.history + _tasks(record) if line.get("error")],
     }
     path = record.path / "report.html"
     write_atomically(path, _render("report.html", **page).encode())
     return path
-
-
-def headline(task: dict[str, Any] | None) -> list[Row]:
-    """The rows that a reader looks at first: from and to the anchor modality, by cosine and by volume."""
-    if task is None:
-        return []
-    anchor = task["protocol"].get("anchor")
-    return [row for row in rows(task) if anchor in (row.query, row.gallery)][:8]
 
 
 def status(record: Record) -> tuple[str, str]:
@@ -109,76 +107,12 @@ def _card(row: Row) -> dict[str, Any]:
 def _protocol(task: dict[str, Any] | None) -> str:
     if task is None or task.get("error"):
         return ""
-    skip = ("rows", "split_sha256", "anchor")
-    words = [f"{key}: {value}" for key, value in task["protocol"].items() if key not in skip]
-    return "; ".join([*words, f"split sha256 {task['protocol'].get('split_sha256', '')[:12]}"])
-
-
-def _recall_chart(task: dict[str, Any] | None) -> dict[str, Any] | None:
-    """R@k over k of the headline rows."""
-    curves = ((task or {}).get("figures") or {}).get("recall") or {}
-    names = [row.name for row in headline(task) if row.name in curves]
-    series = [Series(pretty(name), curves[name]["k"], curves[name]["recall"], i) for i, name in enumerate(names)]
-    return _chart("Recall at k, percent", series, x_label="k", log_x=True, percent=True)
-
-
-def _chart(title: str, series: Sequence[Series], **options: Any) -> dict[str, Any] | None:
-    """A titled chart with its legend; None when there is nothing to draw."""
-    svg = line_chart(series, label=title, **options)
-    named = [line for line in series if not line.faint]
-    return {"title": title, "svg": svg, "legend": named if len(named) > 1 else []} if svg else None
-
-
-def _curves(record: Record) -> list[dict[str, Any]]:
-    """Every logged quantity over the steps, related ones together."""
-    charts = [_chart("Loss", _smoothed(record, {"loss": "loss"}))]
-    parts = {key: key.removeprefix("loss/") for key in record.keys("loss/")}
-    charts.append(_chart("Loss, its parts", _smoothed(record, parts)))
-    charts.append(_chart("Throughput, clips per second", _smoothed(record, {"clips_per_second": "clips/s"})))
-    seconds = {"step_seconds": "whole step", "data_wait_seconds": "waiting for data"}
-    charts.append(_chart("Seconds per step", _plain(record, seconds)))
-    for key, title in (("temperature", "Temperature"), ("grad_norm", "Gradient norm"), ("lr", "Learning rate")):
-        charts.append(_chart(title, _plain(record, {key: title})))
-    families: dict[str, dict[str, str]] = {}
-    for key in record.keys("geometry/"):
-        family, _, rest = key.removeprefix("geometry/").partition("/")
-        families.setdefault(family, {})[key] = rest or "mean"
-    charts += [
-        _chart(f"Geometry: {family.replace('_', ' ')}", _plain(record, keys)) for family, keys in families.items()
+    skip = ("rows", "split_sha256", "anchor", "n_items", "n_unreadable")
+    words = [
+        f"{task['protocol'][f'n_{what}']} {what}" for what in ("items", "unreadable") if f"n_{what}" in task["protocol"]
     ]
-    return [chart for chart in charts if chart]
-
-
-def _evaluation_charts(record: Record) -> list[dict[str, Any] | None]:
-    """R@1 of the periodic evaluations over the steps, by score, with the chance level."""
-    lines = [line for line in record.history if line["task"] == "retrieval" and not line.get("error")]
-    if not lines:
-        return []
-    charts, latest = [], rows(lines[-1])
-    for score in dict.fromkeys(row.score for row in latest):
-        chosen = [row for row in latest if row.score == score][:8]
-        steps = [line["step"] for line in lines]
-        series = [
-            Series(pretty(row.name, score=False), steps, [line["metrics"].get(f"{row.name}/R@1") for line in lines], i)
-            for i, row in enumerate(chosen)
-        ]
-        level = [chosen[0].chance.get("R@1", 0.0)] * 2
-        series.append(Series("chance", [min(steps), max(steps)], level, 7, dashed=True))
-        charts.append(_chart(f"R@1 on {lines[-1]['split']} by {score}, percent", series, percent=True))
-    return charts
-
-
-def _plain(record: Record, names: dict[str, str]) -> list[Series]:
-    return [Series(name, *record.curve(key), i) for i, (key, name) in enumerate(names.items())]
-
-
-def _smoothed(record: Record, names: dict[str, str]) -> list[Series]:
-    """Raw values behind, their moving average in front; short curves as they are."""
-    lines = _plain(record, names)
-    if max((len(line.x) for line in lines), default=0) < 30:
-        return lines
-    faint = [Series(line.name, line.x, line.y, line.colour, faint=True) for line in lines]
-    return faint + [Series(line.name, line.x, smooth(line.y), line.colour) for line in lines]
+    words += [f"{key}: {value}" for key, value in task["protocol"].items() if key not in skip]
+    return "; ".join([*words, f"split sha256 {task['protocol'].get('split_sha256', '')[:12]}"])
 
 
 def _space(embeddings: EmbeddingSet | None) -> list[dict[str, Any]]:
@@ -210,11 +144,29 @@ def class_name(embeddings: EmbeddingSet, bucket: int) -> str:
     return min(counts, key=lambda caption: (-counts[caption], len(caption), caption))
 
 
-def _geometry(record: Record) -> list[tuple[str, str]]:
-    task, _ = record.task("geometry")
+def _geometry(record: Record) -> tuple[list[tuple[str, str]], str]:
+    """The numbers, those of one measure together; and what they were measured on and how."""
+    task, source = record.task("geometry")
     if task is None or task.get("error"):
-        return []
-    return [(key, "n/a" if value is None else f"{value:.4g}") for key, value in task["metrics"].items()]
+        return [], ""
+    metrics, protocol = {key: task["metrics"][key] for key in _grouped(task["metrics"])}, task["protocol"]
+    about = [f"{protocol['n']:,} items"]
+    if "n_missing" in protocol:
+        missing = ", ".join(f"{count} {name}" for name, count in protocol["n_missing"].items() if count)
+        about.append(f"{missing or 'none'} missing")
+    about = f"{', '.join([*about, source])}. {_tau_note(protocol['tau'])}"
+    return [(key, "n/a" if value is None else f"{value:.4g}") for key, value in metrics.items()], about
+
+
+def _grouped(keys: Iterable[str]) -> list[str]:
+    """The keys in order, but those of one measure (`gap/text-video`, `gap/text-audio`) together."""
+    keys = list(keys)
+    measures = list(dict.fromkeys(key.split("/")[0] for key in keys))
+    return sorted(keys, key=lambda key: measures.index(key.split("/")[0]))
+
+
+def _tau_note(tau: float) -> str:
+    return f"zeta, chi and Hölder divergence are taken at tau = {tau:g}, whatever temperature the objective has."
 
 
 def _throughput(record: Record) -> list[tuple[str, str]]:
@@ -237,13 +189,6 @@ def _tasks(record: Record) -> list[dict[str, Any]]:
     return [{**task, "split": record.split, "step": None} for task in (record.card or {}).get("tasks", [])]
 
 
-def pretty(name: str, score: bool = True) -> str:
-    """`text->video+audio/volume` as a reader's words."""
-    pair, _, how = name.partition("/")
-    pair = pair.replace("->", " → ").replace("+", " + ")
-    return f"{pair}, {how}" if score and how else pair
-
-
 def duration(seconds: float) -> str:
     """Seconds as 1 h 02 min, 2 min 05 s, or 8.1 s."""
     if seconds < 60:
@@ -255,27 +200,41 @@ def duration(seconds: float) -> str:
 def write_comparison(runs: Sequence[Path], out: Path) -> str:
     """Write an HTML page with the runs side by side, and return the same table as text for the terminal.
 
-    R@1 of every retrieval row by cosine and by volume beside its chance level, training time, throughput, geometry.
+    R@1 of every retrieval row by cosine and by volume beside its chance level and counts, what it was measured on,
+    training time, throughput, geometry.
     """
     records = [read_run(run) for run in runs]
     titles = [record.name for record in records]
     if len(set(titles)) < len(titles):
         titles = [record.path.name for record in records]
-    sections = [("R@1, percent", _compared_recall(records)), ("Run", _compared_runs(records))]
-    sections += [("Geometry", _compared_geometry(records))]
-    sections = [(title, lines) for title, lines in sections if lines]
-    page = {
-        "titles": titles,
-        "records": records,
-        "sections": sections,
-        "sources": [r.task("retrieval")[1] for r in records],
-    }
+    sections = [
+        Section("R@1, percent", _compared_recall(records), ("chance", "queries / gallery / missing")),
+        Section("Evaluation", _compared_evaluations(records)),
+        Section("Run", _compared_runs(records)),
+        Section("Geometry", _compared_geometry(records)),
+    ]
+    sections = [section for section in sections if section.lines]
+    page = {"titles": titles, "sections": sections, "sources": [r.task("retrieval")[1] for r in records]}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, _render("comparison.html", **page).encode())
     return _as_text(titles, sections)
 
 
-Line = tuple[str, list[str], set[int]]  # what, a cell per run and the chance level, the numbers of the best runs
+class Line(NamedTuple):
+    """A line of a comparison: what, a cell per run, the numbers of the best runs, cells that hold for all runs."""
+
+    what: str
+    cells: list[str]
+    best: frozenset[int] = frozenset()
+    common: tuple[str, ...] = ()
+
+
+class Section(NamedTuple):
+    """Lines under a title; `common` names the columns that hold for all runs."""
+
+    title: str
+    lines: list[Line]
+    common: tuple[str, ...] = ()
 
 
 def _compared_recall(records: Sequence[Record]) -> list[Line]:
@@ -285,10 +244,33 @@ def _compared_recall(records: Sequence[Record]) -> list[Line]:
         values = [row[name].metrics.get("R@1") if name in row else None for row in found]
         cells = [_cell(value, ".1f") for value in values]
         top = _cell(max((value for value in values if value is not None), default=None), ".1f")
-        best = {i for i, cell in enumerate(cells) if cell == top} if len(set(cells)) > 1 else set()
-        level = next(row[name].chance.get("R@1", 0.0) for row in found if name in row)
-        lines.append((pretty(name), [*cells, f"{level:.1f}"], best))
+        best = frozenset(i for i, cell in enumerate(cells) if cell == top) if len(set(cells)) > 1 else frozenset()
+        measured = [row[name] for row in found if name in row]
+        levels = [_cell(row.chance.get("R@1", 0.0), ".1f") for row in measured]
+        counts = [" / ".join(str(count) for count in row.counts.values()) for row in measured]
+        lines.append(Line(pretty(name), cells, best, (_agreed(levels), _agreed(counts))))
     return lines
+
+
+def _agreed(cells: Sequence[str]) -> str:
+    """What all runs have in common; where they differ, each run's."""
+    return cells[0] if len(set(cells)) == 1 else "; ".join(cells)
+
+
+def _compared_evaluations(records: Sequence[Record]) -> list[Line]:
+    """What tells whether the numbers may be compared: the same split, the same idea of a hit."""
+    protocols = [(record.task("retrieval")[0] or {}).get("protocol", {}) for record in records]
+    lines = [
+        Line("measured on", [record.task("retrieval")[1].split(",")[0] for record in records]),
+        Line("items, unreadable", [_pair(protocol, "n_items", "n_unreadable") for protocol in protocols]),
+        Line("a hit is the same", [str(protocol.get("relevance", "n/a")) for protocol in protocols]),
+        Line("split sha256", [protocol.get("split_sha256", "n/a")[:12] for protocol in protocols]),
+    ]
+    return lines if any(protocols) else []
+
+
+def _pair(protocol: dict[str, Any], *keys: str) -> str:
+    return ", ".join(_cell(protocol.get(key), ",") for key in keys)
 
 
 def _compared_runs(records: Sequence[Record]) -> list[Line]:
@@ -300,27 +282,34 @@ def _compared_runs(records: Sequence[Record]) -> list[Line]:
         ("clips per second, median", [_cell(record.median("clips_per_second"), ".1f") for record in records]),
         ("state", [status(record)[1].partition(":")[0] for record in records]),
     ]
-    return [(what, [*cells, ""], set()) for what, cells in lines]
+    return [Line(what, cells) for what, cells in lines]
 
 
 def _compared_geometry(records: Sequence[Record]) -> list[Line]:
-    found = [(record.task("geometry")[0] or {}).get("metrics", {}) for record in records]
-    keys = dict.fromkeys(key for metrics in found for key in metrics)
-    return [(key, [*(_cell(metrics.get(key), ".3g") for metrics in found), ""], set()) for key in keys]
+    tasks = [record.task("geometry")[0] or {} for record in records]
+    found = [task.get("metrics", {}) for task in tasks]
+    keys = _grouped(dict.fromkeys(key for metrics in found for key in metrics))
+    if not keys:
+        return []
+    taus = [_cell(task.get("protocol", {}).get("tau"), "g") for task in tasks]
+    lines = [Line(key, [_cell(metrics.get(key), ".3g") for metrics in found]) for key in keys]
+    return [*lines, Line("tau of zeta, chi, Hölder divergence", taus)]
 
 
 def _cell(value: float | None, form: str) -> str:
     return "n/a" if value is None else format(value, form)
 
 
-def _as_text(titles: Sequence[str], sections: Sequence[tuple[str, list[Line]]]) -> str:
+def _as_text(titles: Sequence[str], sections: Sequence[Section]) -> str:
     """Columns aligned by spaces; a star marks the best runs of a line."""
     blocks = []
-    for title, lines in sections:
-        block = [[title, *titles, "chance" if any(cells[-1] for _, cells, _ in lines) else ""]]
-        for what, cells, best in lines:
-            block.append([what, *(f"{cell}{'*' if i in best else ' '}" for i, cell in enumerate(cells))])
-        blocks.append(block)
+    most = max((len(section.common) for section in sections), default=0)
+    for section in sections:
+        block = [[section.title, *titles, *section.common]]
+        for line in section.lines:
+            cells = [f"{cell}{'*' if i in line.best else ' '}" for i, cell in enumerate(line.cells)]
+            block.append([line.what, *cells, *line.common])
+        blocks.append([line + [""] * (most - len(section.common)) for line in block])
     widths = [max(map(len, column)) for column in zip(*(line for block in blocks for line in block), strict=True)]
 
     def aligned(line: list[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..datasets.batch import Skip
 from ..datasets.registry import InputError
 from .embeddings import EmbeddingSet
 
@@ -37,6 +38,18 @@ class Result:
     figures: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+
+
+class Results(list[Result]):
+    """The answers of some tasks for one set of embeddings, in order.
+
+    Attributes:
+        skipped: the samples of the split that could not be read, and why; the same on every rank.
+    """
+
+    def __init__(self, results: Iterable[Result] = (), skipped: Iterable[Skip] = ()) -> None:
+        super().__init__(results)
+        self.skipped = tuple(skipped)
 
 
 def lower_is_better(metric: str) -> bool:
@@ -71,10 +84,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_results(
     folder: Path, results: list[Result], embeddings: EmbeddingSet, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write results.json, results.md, embeddings.safetensors and embeddings.json. Main process only.
+    """Write results.json, results.md, embeddings.safetensors, embeddings.json, skipped.jsonl. Main process only.
 
     Args:
-        folder: made when it is not there; each file is replaced whole.
+        folder: made when it is not there; each file is replaced whole (skipped.jsonl is empty when all could be read).
         about: where the numbers come from: model, checkpoint, step, split, command.
     """
     from safetensors.torch import save
@@ -101,8 +114,14 @@ def write_results(
     }
     write_atomically(folder / "embeddings.safetensors", save(tensors))
     write_atomically(folder / "embeddings.json", _dumps(items).encode())
+    write_atomically(folder / "skipped.jsonl", skip_lines(embeddings.skipped, card.get("split")).encode())
     write_atomically(folder / "results.md", _markdown(card).encode())
     write_atomically(folder / "results.json", _dumps(card, indent=1).encode())
+
+
+def skip_lines(skipped: Iterable[Skip], split: str | None = None) -> str:
+    """Unreadable samples as the lines of a skipped.jsonl, with the fields of the one that training writes."""
+    return "".join(f"{_dumps({'split': split, **vars(skip)})}\n" for skip in skipped)
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
@@ -122,8 +141,6 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 def read_embeddings(folder: Path) -> EmbeddingSet | None:
     """The embeddings that `write_results` wrote, or None."""
     from safetensors.torch import load_file
-
-    from ..datasets.batch import Skip
 
     folder = Path(folder)
     if not (folder / "embeddings.json").is_file() or not (folder / "embeddings.safetensors").is_file():
@@ -161,16 +178,17 @@ def table(task: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     header += ["chance R@1", "queries", "gallery", "missing"]
     lines = []
     for name, row in rows.items():
-        numbers = [_number(metrics.get(f"{name}/{column}")) for column in columns]
+        numbers = [_number(metrics.get(f"{name}/{column}"), column) for column in columns]
         counts = [str(row[key]) for key in ("n_query", "n_gallery", "n_missing")]
-        lines.append([name, *numbers, _number(row["chance"].get("R@1")), *counts])
+        lines.append([name, *numbers, _number(row["chance"].get("R@1"), "R@1"), *counts])
     return header, lines
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, column: str = "") -> str:
     if value is None:
         return "n/a"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+    one_digit = abs(value) >= 10 or column.startswith("R@") or lower_is_better(column)
+    return f"{value:.1f}" if one_digit else f"{value:.3g}"
 
 
 def _line(result: Result) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def ranks(score: Score, query: Tensor, gallery: Tensor, *, chunk: int | None = N
     With g irrelevant entries above the best relevant one, and e entries (r of them relevant) tied with it, the rank is
     g + (e - r) / (r + 1): its mean over all orders of the tied entries. A query without a relevant entry gets inf.
 
+    ValueError when a score is not a number: it would compare as neither above nor tied, and so pass for a hit.
+
     Args:
         score: query rows int64 (n,) -> scores (n, G), higher is better.
         query: labels of the queries, int64 (Q,). Relevant are the gallery entries with the same label.
@@ -50,6 +52,8 @@ def ranks(score: Score, query: Tensor, gallery: Tensor, *, chunk: int | None = N
     for start in range(0, len(query), chunk):
         rows = torch.arange(start, min(start + chunk, len(query)))
         s = score(rows)
+        if s.isnan().any():
+            raise ValueError(f"{int(s.isnan().sum())} scores of queries {start} to {int(rows[-1])} are not numbers")
         relevant = query[rows, None] == gallery
         best = s.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
         above = (s > best).sum(dim=1)

@@ -46,6 +46,18 @@ def embeddings_of(names: tuple[str, ...] = ("text", "video", "audio")) -> Embedd
     return EmbeddingSet(z, valid, keys, tuple(CAPTIONS), torch.arange(N) % 4, skipped)
 
 
+def record_of(step: int) -> dict[str, float]:
+    """A line of metrics.jsonl with the names that a run of the demo with `objective=gram` logs."""
+    return {
+        "step": step, "samples": 8 * step, "loss": 1 + math.exp(-step / 9), "loss/text-tuple": 2.5,
+        "loss/tuple-text": 2.4, "loss/volume": 0.43, "loss/temperature": 0.07 + 1e-4 * step, "lr": 1e-3,
+        "grad_norm": 1.0, "skipped": 0, "clips_per_second": 100 + step, "step_seconds": 0.08, "data_wait_seconds": 0.01,
+        "geometry/alignment/text-video": 1.9, "geometry/gap/text-video": 0.4, "geometry/uniformity/text": -2.1,
+        "geometry/zeta/text": 0.8, "geometry/chi/text": 0.2, "geometry/zeta": 0.6, "geometry/chi": 0.3,
+        "geometry/holder_divergence": 170.2,
+    }  # fmt: skip
+
+
 def write_run(folder: Path, shards: str, *, name: str = "tiny", steps: int = 40) -> Path:
     folder.mkdir()
     config = {
@@ -59,13 +71,16 @@ def write_run(folder: Path, shards: str, *, name: str = "tiny", steps: int = 40)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "environment.json").write_text(json.dumps({"python": "3.11", "hardware": {"cpu": "2 <cores>"}}))
     (folder / "exit.json").write_text(json.dumps({"outcome": "finished", "error": None, "exit_code": 0}))
-    (folder / "skipped.jsonl").write_text(json.dumps({"key": "clip5", "reason": "cut <short>"}) + "\n")
-    lines = [
-        {"step": step, "samples": 8 * step, "loss": 1 + math.exp(-step / 9), "loss/text-tuple": 0.5, "lr": 1e-3,
-         "grad_norm": 1.0, "clips_per_second": 100 + step, "step_seconds": 0.08, "data_wait_seconds": 0.01,
-         "geometry/zeta": 0.2, "geometry/gap/text-video": 0.4}
-        for step in range(1, steps + 1)
-    ]  # fmt: skip
+    skip = {
+        "split": "train",
+        "position": 7,
+        "key": "clip7",
+        "shard": "train-0.tar",
+        "offset": 0,
+        "reason": "cut <short>",
+    }
+    (folder / "skipped.jsonl").write_text(json.dumps(skip) + "\n")
+    lines = [record_of(step) for step in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     embeddings = embeddings_of()
     results = run_tasks(embeddings, {"retrieval": {}, "geometry": {}})

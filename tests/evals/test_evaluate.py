@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from trivium.evals import cli
-from trivium.evals.results import read_embeddings, read_results
+from trivium.evals.results import read_embeddings, read_lines, read_results
 
 TOWER = {"name": "eva_clip", "frames": 2, "size": 16, "patch": 8, "width": 16, "depth": 1, "heads": 2}
 PARTS = {"early": {"tower": TOWER}, "late": {"tower": TOWER | {"frames": 3}}}
@@ -70,6 +70,8 @@ def test_it_evaluates_the_best_checkpoint_on_the_test_split(run):
     assert (row["n_query"], row["n_gallery"], row["n_missing"]) == (13, 12, 1)
     (skip,) = read_embeddings(run / "evals" / "test").skipped
     assert (skip.position, skip.key) == (5, "clip5") and skip.reason
+    assert read_lines(run / "evals" / "test" / "skipped.jsonl") == [{"split": "test", **vars(skip)}]
+    assert "unreadable items, counted as missing: 1; see skipped.jsonl" in out
 
 
 def test_choices(run, tmp_path):

@@ -170,9 +170,10 @@ def test_a_failure_on_one_rank_is_an_error_on_all_and_no_hang(ranks, how, messag
     assert all(message in result["error"] and not result["metrics"] for result in first)
 
 
-def evaluate_on_ranks(world: int) -> list:
+def evaluate_on_ranks(world: int) -> tuple[list, tuple[Skip, ...]]:
     tasks = {"retrieval": {"relevance": "instance"}, "geometry": {"limit": 1}}  # the second is not a possible limit
-    return [vars(result) for result in evaluate(encode, batches(11, start(world), world, 3), 11, tasks)]
+    results = evaluate(encode, batches(11, start(world), world, 3), 11, tasks)
+    return [vars(result) for result in results], results.skipped
 
 
 @pytest.mark.two_process
@@ -180,8 +181,22 @@ def test_ranks_agree_on_the_results_and_one_failing_task_spares_the_others(ranks
     want = evaluate_on_ranks(1)
     first, second = ranks(2, evaluate_on_ranks, 2, timeout=60)
     assert first == second == want
-    assert want[0]["metrics"] and want[0]["error"] is None
-    assert not want[1]["metrics"] and "limit=1" in want[1]["error"]
+    (retrieval, geometry), skipped = want
+    assert retrieval["metrics"] and retrieval["error"] is None
+    assert not geometry["metrics"] and "limit=1" in geometry["error"]
+    assert [(skip.position, skip.key, skip.reason) for skip in skipped] == [(CORRUPT, "clip2", "cut short")]
+
+
+def test_an_unreadable_sample_is_counted_beside_every_number_and_handed_back():
+    results = evaluate(encode, batches(11, 0, 1, 4), 11, {"retrieval": {}, "geometry": {}})
+    for result in results:
+        assert (result.protocol["n_items"], result.protocol["n_unreadable"]) == (11, 1)
+    retrieval, geometry = results
+    assert all(row["n_query"] == 11 and row["n_missing"] >= 1 for row in retrieval.protocol["rows"].values())
+    assert {key.rsplit("/", 1)[0] for key in retrieval.metrics} == set(retrieval.protocol["rows"])
+    assert (geometry.protocol["n"], geometry.protocol["n_missing"]) == (11, {"text": 1, "video": 2})
+    assert results.skipped == (Skip(CORRUPT, f"clip{CORRUPT}", "a.tar", 512, "cut short"),)
+    assert not evaluate(encode, [], 11, {"geometry": {}}).skipped  # nothing was embedded: an error, no samples
 
 
 def test_random_states_are_put_back():
@@ -222,7 +237,7 @@ def test_results_are_written_whole_and_read_back(tmp_path):
     folder = tmp_path / "with space" / "test"
     write_results(folder, results, embeddings, {"model": "demo", "step": 300, "split": "test"})
     assert sorted(path.name for path in folder.iterdir()) == [
-        "embeddings.json", "embeddings.safetensors", "results.json", "results.md"
+        "embeddings.json", "embeddings.safetensors", "results.json", "results.md", "skipped.jsonl"
     ]  # fmt: skip
     card = read_results(folder)
     assert (card["schema"], card["model"], card["step"], card["n"], card["n_unreadable"]) == (1, "demo", 300, 11, 1)
@@ -235,6 +250,17 @@ def test_results_are_written_whole_and_read_back(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| text->video/cosine |"))
     assert row.endswith("| 11 | 9 | 1 |")  # the silent clip finds others of its bucket, the unreadable one nothing
     assert "Failed: InputError: limit=1" in text
+    skip = {
+        "split": "test",
+        "position": CORRUPT,
+        "key": "clip2",
+        "shard": "a.tar",
+        "offset": 512,
+        "reason": "cut short",
+    }
+    assert read_lines(folder / "skipped.jsonl") == [skip]
+    write_results(folder, results, replace(embeddings, skipped=()), {"split": "test"})
+    assert (folder / "skipped.jsonl").read_text() == ""  # repaired: the old lines are gone
 
 
 def test_a_card_of_another_schema_is_refused(tmp_path):

@@ -11,16 +11,22 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from trivium import objectives
 from trivium.datasets.registry import InputError
 from trivium.evals.charts import Series, line_chart, scatter, smooth, ticks
+from trivium.evals.curves import learning_curves
 from trivium.evals.diagnostics import tsne
 from trivium.evals.record import read_run
 from trivium.evals.report import duration, status, wilson, write_comparison, write_report
+from trivium.pretrain.loop import exchange
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 SECTIONS = {"retrieval", "examples", "curves", "space", "run"}
 
 
@@ -80,13 +86,73 @@ def test_a_finished_run(run):
     assert not any(path.name.startswith(".") for path in run.iterdir())  # no temporary file is left
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="looks at the page in Chromium, which is not here")
-def test_a_browser_has_nothing_to_complain_about(run):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command = ["chromium", *flags, f"file://{write_report(run)}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "How it ended" in done.stdout
-    assert "CONSOLE" not in done.stderr
+@pytest.mark.skipif(BROWSER is None, reason=f"looks at the page in a browser: {', '.join(BROWSERS)}; none is here")
+def test_a_browser_has_nothing_to_complain_about(run, tmp_path):
+    write_comparison([run, run], tmp_path / "comparison.html")
+    for page, words in ((write_report(run), "How it ended"), (tmp_path / "comparison.html", "Side by side")):
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+        command = [BROWSER, *flags, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert words in done.stdout
+        assert "CONSOLE" not in done.stderr
+
+
+def charts(run: Path) -> dict[str, list[str]]:
+    """The curves of each chart of the run's report, by the chart's title."""
+    found = {}
+    for chart in learning_curves(read_run(run)):
+        names = re.findall(r'class="line"[^>]*><title>([^<]*)', chart["svg"])
+        found[chart["title"]] = list(dict.fromkeys(names))
+    return found
+
+
+def test_the_fixtures_record_has_the_names_that_training_logs(run):
+    one_process, record = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1)), read_run(run)
+    names = exchange(one_process, objectives.build("gram")(objectives.Embeddings(record.embeddings.z)))[0]
+    assert list(names) == record.keys("loss")
+
+
+def test_what_is_no_part_of_the_loss_is_not_drawn_among_its_parts(run):
+    found = charts(run)
+    assert found["Loss by modality"] == ["text-tuple", "tuple-text"]
+    assert found["Objective: temperature"] == found["Objective: volume"] == ["whole"]
+    assert "Objective: temperature" in Page(write_report(run)).text
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [(["uniformity/text", "uniformity/video", "alignment", "centroid_uniformity"],
+      {"Objective: uniformity": ["text", "video"], "Objective: alignment": ["whole"],
+       "Objective: centroid uniformity": ["whole"]}),
+     (["text-video", "text-audio", "temperature", "bias"],
+      {"Loss by modality": ["text-video", "text-audio"], "Objective: temperature": ["whole"],
+       "Objective: bias": ["whole"]}),
+     (["text-video/negative", "text-video/positive", "text-audio/negative"],
+      {"Objective: negative": ["text-video", "text-audio"], "Objective: positive": ["text-video"]}),
+     (["infonce", "infonce/text-video", "infonce/temperature", "context"],
+      {"Objective: infonce": ["whole", "text-video"], "Objective: infonce temperature": ["whole"],
+       "Objective: context": ["whole"]})],
+    ids=["unialign", "siglip", "bucket", "sum"],
+)  # fmt: skip
+def test_each_kind_of_quantity_has_a_chart_of_its_own(run, parts, expected):
+    lines = [{"step": step, "loss": 1.0, **{f"loss/{part}": 0.5 for part in parts}} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert charts(run) == {"Loss": ["loss"], **expected}
+
+
+def test_the_geometry_says_its_tau_and_its_items(run):
+    text = Page(write_report(run)).text
+    assert text.count("zeta, chi and Hölder divergence are taken at tau = 0.07") == 2  # the curves and the numbers
+    assert "13 items, 1 text, 1 video, 1 audio missing, test split, final evaluation." in text
+
+
+def test_the_unreadable_samples_of_an_evaluation_are_listed(run):
+    page = Page(write_report(run))
+    assert "Skipped samples (2)" in page.text  # one of training, one of the test split
+    assert "test 5 clip5 test-000001.tar 512 cut short" in page.text
+    assert "13 items; 1 unreadable; relevance: bucket" in page.text
+    (run / "skipped.jsonl").write_text((run / "evals/test/skipped.jsonl").read_text())
+    assert len(read_run(run).skipped) == 1  # the same sample, named twice
 
 
 def test_frames_are_those_of_the_shards(run):
@@ -132,7 +198,7 @@ def test_shards_that_changed_are_not_shown(run):
     ("gone", "words"),
     [("config.yaml", "config.yaml is not there"), ("environment.json", "environment.json is not there"),
      ("exit.json", "running, or killed"), ("metrics.jsonl", "No step has been logged yet"),
-     ("skipped.jsonl", "Every sample could be read"), ("evals", "val split at step 40")],
+     ("skipped.jsonl", "Skipped samples (1)"), ("evals", "val split at step 40")],
 )  # fmt: skip
 def test_a_missing_piece_is_named(run, gone, words):
     path = run / gone
@@ -209,11 +275,15 @@ def test_comparison(run, tmp_path):
     assert_self_contained(out)
     lines = {re.split(r"\s{2,}", line)[0]: re.split(r"\s{2,}", line)[1:] for line in text.splitlines()}
     # two are called "tiny", so folders tell the runs apart
-    assert lines["R@1, percent"] == ["a run", "other", "young", "chance"]
-    assert lines["text → video, cosine"] == [was[0], "100.0*", "n/a", level]
-    assert lines["text → video + audio, volume"] == [f"{was[1]}*", "0.0", "n/a", level]
+    assert lines["R@1, percent"] == ["a run", "other", "young", "chance", "queries / gallery / missing"]
+    assert lines["text → video, cosine"] == [was[0], "100.0*", "n/a", level, "13 / 12 / 1"]
+    assert lines["text → video + audio, volume"] == [f"{was[1]}*", "0.0", "n/a", level, "13 / 12 / 1"]
     assert lines["training time"] == ["3.2 s", "3.2 s", "n/a"]
-    assert "zeta" in lines
+    assert lines["measured on"] == ["test split", "test split", "not evaluated yet"]
+    assert lines["items, unreadable"] == ["13, 1", "13, 1", "n/a, n/a"]
+    digest = card["split_sha256"][:12]
+    assert lines["split sha256"] == [digest, digest, "n/a"]
+    assert "zeta" in lines and lines["tau of zeta, chi, Hölder divergence"] == ["0.07", "0.07", "n/a"]
     page = Page(out)
     assert "100.0" in page.text and "Geometry" in page.text
 

@@ -62,6 +62,12 @@ def test_chunks_do_not_change_the_ranks(chunk):
     assert torch.equal(whole, parts)
 
 
+def test_a_score_that_is_no_number_is_no_hit_but_an_error():
+    scores = torch.tensor([[1.0, 2.0], [0.0, torch.nan]])
+    with pytest.raises(ValueError, match="1 scores of queries 0 to 1 are not numbers"):
+        ranks(lambda rows: scores[rows], torch.arange(2), torch.arange(2))
+
+
 def test_several_captions_per_item_in_both_directions():
     item = torch.tensor([0, 0, 1, 1, 1, 2])
     scores = torch.tensor([[9.0, 1, 2], [1, 5, 4], [1, 6, 7], [0, 3, 1], [2, 8, 0], [3, 7, 6]])
