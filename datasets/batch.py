@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class Batch:
         bucket: int64 (n,) or None when the source has no buckets.
         captions: n tuples of captions.
         skipped: samples that were replaced (training) or left out (evaluation) while this batch was built.
+        error: why this rank could not build its batch, whose rows are then blank: it takes part in the step's
+            collectives all the same, and all ranks stop together.
     """
 
     keys: tuple[str, ...]
@@ -63,33 +65,25 @@ class Batch:
     bucket: Tensor | None
     captions: tuple[tuple[str, ...], ...]
     skipped: tuple[Skip, ...] = field(default=())
+    error: str | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with `inputs` and `present` on `device`; pixels stay uint8."""
-        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-        return Batch(
-            keys=self.keys,
-            position=self.position,
-            inputs={name: {key: move(x) for key, x in parts.items()} for name, parts in self.inputs.items()},
-            present={name: move(x) for name, x in self.present.items()},
-            bucket=None if self.bucket is None else move(self.bucket),
-            captions=self.captions,
-            skipped=self.skipped,
-        )
+        """The same batch with `inputs`, `present` and `bucket` on `device`; pixels stay uint8."""
+        return self._with(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU run beside its work."""
-        return Batch(
-            keys=self.keys,
-            position=self.position,
-            inputs={name: {key: x.pin_memory() for key, x in parts.items()} for name, parts in self.inputs.items()},
-            present={name: x.pin_memory() for name, x in self.present.items()},
-            bucket=None if self.bucket is None else self.bucket.pin_memory(),
-            captions=self.captions,
-            skipped=self.skipped,
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            inputs={name: {key: change(x) for key, x in parts.items()} for name, parts in self.inputs.items()},
+            present={name: change(x) for name, x in self.present.items()},
+            bucket=None if self.bucket is None else change(self.bucket),
         )
 
     def slice(self, start: int, stop: int) -> Batch:
@@ -104,13 +98,18 @@ class Batch:
         )
 
 
-def collate(clips: Sequence[Clip], empty: dict[str, dict[str, Tensor]], skipped: Sequence[Skip] = ()) -> Batch:
+def collate(
+    clips: Sequence[Clip],
+    empty: dict[str, dict[str, Tensor]],
+    skipped: Sequence[Skip] = (),
+    error: str | None = None,
+) -> Batch:
     """Stack clips; a modality that a clip lacks gets the zeros of `empty[modality]` and `present` False.
 
     Args:
         clips: n clips.
         empty: by modality, the inputs of one clip that lacks it (same keys, shapes and dtypes as a real one).
-        skipped: passed on.
+        skipped, error: passed on.
     """
     inputs = {
         name: {key: torch.stack([clip.inputs.get(name, zeros)[key] for clip in clips]) for key in zeros}
@@ -126,4 +125,5 @@ def collate(clips: Sequence[Clip], empty: dict[str, dict[str, Tensor]], skipped:
         bucket=None if None in buckets else torch.tensor(buckets, dtype=torch.int64),
         captions=tuple(clip.captions for clip in clips),
         skipped=tuple(skipped),
+        error=error,
     )

@@ -4,8 +4,9 @@ Frames are decoded by plan. The container is demuxed first, which is cheap and g
 times; then only the groups of pictures that hold a wanted frame are decoded, each only up to its last wanted frame, and
 in between only the pictures that others refer to. The frames equal those of a full decode bit for bit.
 
-Broken media raises `CorruptSample`. FFmpeg itself is silent about much of what is missing (a file cut short gives fewer
-frames, or less sound), so completeness is checked here: packets against the header's index, sound against its duration.
+Broken media raises `CorruptSample` and nothing else. FFmpeg itself is silent about much of what is missing (a file cut
+short gives fewer frames, or less sound), so completeness is checked here: packets against the header's index, sound
+against its duration.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .registry import InputError
+
 VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi")
 AUDIO_EXTENSIONS = ("wav", "flac", "m4a", "mp3", "ogg", "opus", "aac")
 
@@ -27,6 +30,8 @@ SKIPPABLE_CODECS = frozenset({"h264", "mpeg4", "mpeg2video"})
 # Headers of these state no duration: FFmpeg guesses one from the bit rate.
 GUESSED_DURATION = frozenset({"mp3", "aac"})
 SHORT = 0.02  # the share of the promised duration that may be missing
+SLOWEST_HZ = 1000  # no sound has fewer samples a second; at the 1 Hz of a damaged header it would fill the memory
+LOUDEST = 2.0**31  # times full scale: room for unscaled samples, none for flipped exponents
 
 Choice = Callable[[int], Sequence[int]]  # number of frames -> the wanted ones, in the order they are wanted
 
@@ -37,10 +42,18 @@ class CorruptSample(Exception):
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a container's header says: does it hold moving pictures, sound, how many frames (0: unknown), how long."""
+    """What a container's header says.
+
+    Attributes:
+        video, audio: does it hold moving pictures, sound that can be decoded.
+        undecodable: does it hold moving pictures or sound that nothing here decodes.
+        frames: how many (0: unknown).
+        seconds: how long it is.
+    """
 
     video: bool
     audio: bool
+    undecodable: bool
     frames: int
     seconds: float
 
@@ -48,11 +61,16 @@ class MediaInfo:
 def probe(data: bytes) -> MediaInfo:
     """The header of `data`. Raises CorruptSample when there is none."""
     with _errors_named(), _open(data) as container:
-        video = _video_stream(container)
+        video, audio = _video_stream(container), _audio_stream(container)
+        streams = [stream for stream in (video, audio) if stream is not None]
+        decodable = [stream for stream in streams if stream.codec_context is not None]
+        frames = video.frames if video in decodable else 0
+        _require(0 <= frames < 2**31, f"its header promises {frames} frames")
         return MediaInfo(
-            video=video is not None,
-            audio=bool(container.streams.audio),
-            frames=video.frames if video is not None else 0,
+            video=video in decodable,
+            audio=audio in decodable,
+            undecodable=len(decodable) < len(streams),
+            frames=frames,
             seconds=(container.duration or 0) / 1e6,
         )
 
@@ -83,16 +101,22 @@ def read_frames(data: bytes, choose: Choice) -> list[np.ndarray] | None:
 
 
 def read_frames_decord(data: bytes, choose: Choice) -> list[np.ndarray] | None:
-    """`read_frames` by decord. It decodes ordinary files alike; of damaged ones it tells less."""
+    """`read_frames` by decord. It decodes ordinary files alike; of damaged ones it tells less.
+
+    An index that points behind the end of the file makes decord crash, and the process with it, whichever track it
+    belongs to. So all of them are looked at before; what damage is left that decord does not survive is rare.
+    """
     import decord
 
-    if not probe(data).video:
-        return None
-    try:
+    with _errors_named():
+        film = _demux(data, "video")
+        if film.video is None:
+            return None
+        film.packets(film.video)
+        for stream in film.container.streams:
+            _require_inside(film.container, stream, len(data))
         reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
         return list(reader.get_batch(list(choose(len(reader)))).asnumpy())
-    except (decord.DECORDError, RuntimeError) as error:
-        raise CorruptSample(f"decord: {_one_line(error)}") from None
 
 
 VIDEO_DECODERS = {"pyav": read_frames, "decord": read_frames_decord}
@@ -116,6 +140,8 @@ def read_audio(data: bytes, sample_rate_hz: int) -> np.ndarray | None:
         _require(len(kinds) == 1, f"the audio changes its form: {sorted(kinds)}")
         waveform = _mono(frames)
         source_hz = frames[0].sample_rate
+        _require(source_hz >= SLOWEST_HZ, f"its audio claims {source_hz} samples a second")
+        _require(bool(np.abs(waveform).max(initial=0) < LOUDEST), "its audio holds values that are no sound")  # or NaN
         promised = float(sum(p.duration or 0 for p in packets if not p.is_discard) * film.audio.time_base) * source_hz
         _require(
             len(waveform) >= promised * (1 - SHORT) - 2 * max(frame.samples for frame in frames),
@@ -140,18 +166,19 @@ class _Film:
         self.data = data
         self.container = _open(data)
         self.video = _video_stream(self.container)
-        self.audio = next(iter(self.container.streams.audio), None)
+        self.audio = _audio_stream(self.container)
         self.taken: set[str] = set()
         self._packets: dict[int, list] = {}
-        streams = [stream for stream in (self.video, self.audio) if stream is not None]
+        streams = [s for s in (self.video, self.audio) if s is not None and s.codec_context is not None]
         for stream in streams:
             stream.codec_context.thread_count = 1  # workers are the parallelism; and skipping is per packet only then
-        for packet in self.container.demux(streams):
+        for packet in self.container.demux(streams) if streams else ():  # asked for none, it gives all
             if packet.size:
                 self._packets.setdefault(packet.stream_index, []).append(packet)
 
     def packets(self, stream) -> list:
-        """The stream's packets in decoding order. Raises CorruptSample when some are missing."""
+        """The stream's packets in decoding order. Raises CorruptSample when some are missing or none can be decoded."""
+        _require_decoder(stream)
         packets = self._packets.get(stream.index, [])
         _check_packets(self.container, stream, packets, len(self.data))
         return packets
@@ -183,13 +210,20 @@ def _open(data: bytes):
 
 @contextlib.contextmanager
 def _errors_named() -> Iterator[None]:
-    """Whatever FFmpeg raises becomes CorruptSample."""
+    """Whatever a damaged file makes PyAV, FFmpeg or the code here raise becomes CorruptSample.
+
+    That is no short list: a flipped bit in a header also gives a ValueError, an OverflowError, a division by zero.
+    """
     import av
 
     try:
         yield
-    except av.FFmpegError as error:
-        raise CorruptSample(f"{type(error).__name__}: {_one_line(error)}") from None
+    except (CorruptSample, InputError):
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
+            raise  # FFmpeg says so of sizes that only a damaged header can ask for
+        raise CorruptSample(f"{type(error).__name__}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -211,12 +245,20 @@ def _video_stream(container):
     return None
 
 
+def _audio_stream(container):
+    """The first audio stream."""
+    return next(iter(container.streams.audio), None)
+
+
+def _require_decoder(stream) -> None:
+    """PyAV gives a stream without a codec context where FFmpeg knows no decoder of its codec's tag."""
+    _require(stream.codec_context is not None, f"no decoder for its {stream.type}: the codec is unknown or encrypted")
+
+
 def _check_packets(container, stream, packets: list, size: int) -> None:
     """Are all packets there that the header promises, and do they last as long as it says?"""
+    _require_inside(container, stream, size)
     kind = stream.type
-    if "mp4" in container.format.name:  # an index of every packet; `stream.frames` also counts what an edit list cuts
-        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        _require(end <= size, f"cut short: its {kind} needs {end} bytes and there are {size}")
     promised = _promised_seconds(container, stream)
     times = [(p.pts, p.duration or 0) for p in packets if p.pts is not None and not p.is_discard]
     if promised is not None and times:
@@ -226,6 +268,13 @@ def _check_packets(container, stream, packets: list, size: int) -> None:
             start = min(start, 0)
         got, slack = float((end - start) * stream.time_base), 2 * float(frame * stream.time_base)
         _require(got >= promised * (1 - SHORT) - slack, f"holds {got:.2f} of {promised:.2f} s of {kind}")
+
+
+def _require_inside(container, stream, size: int) -> None:
+    """Does the file hold every place that its index names?"""
+    if "mp4" in container.format.name:  # an index of every packet; `stream.frames` also counts what an edit list cuts
+        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        _require(end <= size, f"cut short: its {stream.type} needs {end} bytes and there are {size}")
 
 
 def _promised_seconds(container, stream) -> float | None:

@@ -119,15 +119,16 @@ class MovingDigits:
     def prepare(self, out: Path) -> dict[str, Any]:
         """Write `<split>-000000.tar` ..., their indexes, `vocab.txt` and `card.json` into `out`; returns the card.
 
-        A complete earlier result of the same options is kept, an unfinished one is done again. Two runs write the same
-        bytes. Raises InputError when `out` holds something else, or cannot be written.
+        A complete earlier result of the same options is kept; an unfinished one, and one of another version of this
+        source, is written again. Two runs write the same bytes. Raises InputError when `out` holds something else, or
+        cannot be written.
         """
         from rich.console import Console
 
         out = Path(out)
         console = Console(stderr=True)
         try:
-            card = self._existing(out)
+            card = self._existing(out, console)
             if card is not None:
                 console.print(f"moving-digits: {out} is complete ({self._total} clips), kept", highlight=False)
                 return card
@@ -141,14 +142,15 @@ class MovingDigits:
 
     # -- the folder ---------------------------------------------------------------------------------------------------
 
-    def _existing(self, out: Path) -> dict[str, Any] | None:
+    def _existing(self, out: Path, console) -> dict[str, Any] | None:
         """The card of a complete result in `out`, None when it is to be written. InputError when that would destroy."""
         begun = (out / _MARKER).exists()
         try:
             card = json.loads((out / "card.json").read_text())
-            wanted = {"source": "moving-digits", "version": VERSION, "options": self.options}
-            found = {name: card.get(name) for name in wanted}
-            shards = {path: size for split in card["splits"].values() for path, size in split["shards"].items()}
+            wanted = {"source": "moving-digits", "options": self.options}
+            found, version = {name: card[name] for name in wanted}, card.get("version")
+            splits = card["splits"].values() if version == VERSION else ()
+            shards = {path: size for split in splits for path, size in split["shards"].items()}
         except FileNotFoundError:
             if not begun and out.is_dir() and any(shards_of(out, split) for split in SPLITS):
                 raise InputError(f"{out} holds shards that are not this source's; choose another folder") from None
@@ -158,6 +160,12 @@ class MovingDigits:
         if found != wanted and not begun:
             differ = {k: v for k, v in (found["options"] or {}).items() if self.options.get(k) != v} or found["source"]
             raise InputError(f"{out} holds another result ({differ}); choose another folder, or delete that one")
+        if version != VERSION:
+            console.print(
+                f"moving-digits: {out} holds version {version} of these clips, version {VERSION} replaces it",
+                highlight=False,
+            )
+            return None
         present = {path.name: path.stat().st_size for split in SPLITS for path in shards_of(out, split)}
         return card if present == shards and not begun and (out / "vocab.txt").is_file() else None
 

@@ -1,10 +1,16 @@
-"""Processes and threads that leave the cores to others: workers end when the run does, idle threads sleep."""
+"""Processes and threads that leave the cores to others: workers serve the run and end with it, idle threads sleep."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
+from collections.abc import Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, a launcher's or a scheduler's: often sent to all processes
 
 
 def leave_with_the_run(*_: object) -> None:
@@ -19,6 +25,50 @@ def leave_with_the_run(*_: object) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class DataWorker(ForkServerProcess):
+    """A process that ends with the run, or when the run terminates it, and for no other SIGINT or SIGTERM.
+
+    What those mean that are sent to the whole process group is for the run to say: it may need more batches to come to
+    a step's end and its checkpoint.
+    """
+
+    def run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)  # as the server does already, unless others started it
+        leave_with_the_run()
+        threading.Thread(target=_wait_for_termination, daemon=True).start()
+        super().run()
+
+
+class DataWorkers(ForkServerContext):
+    """The multiprocessing context of DataWorker."""
+
+    Process = DataWorker
+
+
+def _wait_for_termination() -> None:
+    # When the run exits it terminates the workers that are left and then waits for them, without a time limit.
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(1)
+
+
+def serve_workers(preload: Sequence[str]) -> None:
+    """Start multiprocessing's fork server, if it is not running, such that signals to the group do not end it.
+
+    Its end looks like that of all its workers. Python itself shields it from SIGINT only, and not while it starts.
+
+    Args:
+        preload: the modules that it imports, once for all workers.
+    """
+    forkserver.set_forkserver_preload([f"{__package__}._server", *preload])
+    resource_tracker.ensure_running()  # started later, by the server's start, it would undo the blocking
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)  # inherited by a new process
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def wait_without_spinning() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -138,6 +139,20 @@ class Index:
         """The sample's key, unique within its shard."""
         start = self._key_end[sample - 1] if sample else 0
         return self._keys[start : self._key_end[sample]].decode()
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of which samples these are, in which order: equal wherever the same shards lie.
+
+        It covers the number of samples, their keys, the shards' base names and where each sample begins in its shard,
+        but no content: a shard written again with other bytes of the same sizes keeps it.
+        """
+        counts = np.bincount(self.shard, minlength=len(self.shards)).tolist()
+        names = [os.path.basename(shard) for shard in self.shards]
+        digest = hashlib.sha256(json.dumps([len(self), names, counts]).encode())
+        for column in (self._key_end, self.offset):
+            digest.update(np.ascontiguousarray(column, dtype="<i8"))
+        digest.update(self._keys)
+        return digest.hexdigest()
 
     def parts(self, sample: int) -> list[str]:
         """The names of the sample's parts, in the tar's order."""
@@ -303,7 +318,7 @@ def _examine(part: Part, data: bytes, facts: dict[str, Any], where: str) -> int:
             return UNREADABLE
         facts["frames"] = facts["frames"] or info.frames
         facts["seconds"] = max(facts["seconds"], info.seconds)
-        return VIDEO * info.video | AUDIO * info.audio
+        return VIDEO * info.video | AUDIO * info.audio | UNREADABLE * info.undecodable
     if part.name.rpartition(".")[2] not in TEXT_EXTENSIONS:
         return 0
     try:
@@ -313,8 +328,9 @@ def _examine(part: Part, data: bytes, facts: dict[str, Any], where: str) -> int:
         return UNREADABLE
     if "bucket" in annotation:
         facts["bucket"] = annotation["bucket"]
-        if type(facts["bucket"]) is not int or facts["bucket"] < 0:
-            raise InputError(f"{where}: bucket {facts['bucket']!r} is no whole number from 0; write the shard again")
+        if type(facts["bucket"]) is not int or not 0 <= facts["bucket"] < 2**63:
+            rule = "is no whole number from 0 to 2**63 - 1; write the shard again"
+            raise InputError(f"{where}: bucket {facts['bucket']!r} {rule}")
     facts["captions"] = max(facts["captions"], len(captions))
     return CAPTIONS * bool(captions)
 
@@ -350,4 +366,6 @@ def read_captions(name: str, data: bytes) -> tuple[str, ...]:
             captions = data.decode().splitlines()
         except UnicodeDecodeError as error:
             raise CorruptSample(f"its {name} is not UTF-8: {error.reason}") from None
-    return tuple(caption.strip() for caption in captions if caption.strip())
+    # JSON can hold half a character (a text cut between the two codes of an emoji), which nothing can write or tokenise
+    captions = [caption.encode(errors="replace").decode().strip() for caption in captions]
+    return tuple(caption for caption in captions if caption)

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from .batch import Batch, Clip, Skip, collate
 from .decode import decode, decoder_of
 from .media import VIDEO_DECODERS, CorruptSample
-from .processes import leave_with_the_run
+from .processes import DataWorkers, serve_workers
 from .registry import InputError, nearest
-from .shards import NO_BUCKET, UNREADABLE, Index, read_captions
+from .shards import CAPTIONS, NO_BUCKET, UNREADABLE, Index, read_captions
 
 ATTEMPTS = 8  # samples tried for one position before the run gives up
 PRELOAD = ["trivium.datasets.stream", "av", "tokenizers", "torchaudio.compliance.kaldi"]
@@ -108,27 +108,41 @@ class Source:
         return len(self.index)
 
     def check(self) -> dict[str, int]:
-        """By modality, how many samples have it, as their headers say.
+        """By modality, how many samples have it, as their headers say; under "unreadable", if there are any, how many
+        samples have a wanted part that cannot be read.
 
         Raises InputError when none has one that is wanted, and when some samples have a bucket and others none.
         """
-        counts = {}
+        counts: dict[str, int] = {}
+        unreadable = self._unreadable()
         for name, spec in self.specs.items():
             counts[name] = int((self.index.flags(self.fields[name]) & decoder_of(spec).flag > 0).sum())
             if not counts[name]:
                 parts, fields = ", ".join(self.index.extensions), " or ".join(self.fields[name])
+                broken = f", of {unreadable} samples unreadable" if unreadable else ""
                 raise InputError(
                     f"no sample of {self.pattern!r} has {name}: of its {len(self)} samples none holds {spec.kind} in a "
-                    f"part {fields} (parts: {parts}); name the right part in data.fields.{name}, or leave {name} out"
+                    f"part {fields} (parts: {parts}{broken}); name the right part in data.fields.{name}, or leave "
+                    f"{name} out"
                 )
-        unreadable = self.index.flags(["json"]) & UNREADABLE > 0
-        without = int(((self.index.bucket == NO_BUCKET) & ~unreadable).sum())
+        unknown = self.index.flags(["json"]) & UNREADABLE > 0
+        without = int(((self.index.bucket == NO_BUCKET) & ~unknown).sum())
         if self.bucketed and without:
             raise InputError(
                 f"{without} of the {len(self)} samples of {self.pattern!r} have no bucket and the others have one; "
                 "give every sample's json a `bucket`, or none"
             )
-        return counts
+        return counts | ({"unreadable": unreadable} if unreadable else {})
+
+    def _unreadable(self) -> int:
+        """How many samples have a wanted part that is broken, or of a codec that nothing decodes."""
+        wanted = [(self.fields[name], decoder_of(spec).flag) for name, spec in self.specs.items()]
+        broken = np.zeros(len(self), dtype=bool)
+        for fields, flag in [*wanted, (self._captions, CAPTIONS)]:
+            for part in set(fields).intersection(self.index.extensions):
+                flags = self.index.flags([part])
+                broken |= (flags & UNREADABLE > 0) & (flags & flag == 0)  # of a film, the other half may be in order
+        return int(broken.sum())
 
     def clip(self, sample: int, position: int, seed: int | None) -> Clip:
         """Sample number `sample`, decoded with the draws of (seed, position); the evaluation form without a seed.
@@ -222,7 +236,7 @@ def eval_batches(source: Source, *, batch_size: int, rank: int, world: int, work
 class Batches:
     """Batches in order, assembled by worker processes; iterating again starts again, with the same workers.
 
-    Raises InputError (in the consumer's process) when a position finds no usable sample.
+    Where a position finds no usable sample, the batch says so in `error`: raising would leave the other ranks waiting.
     """
 
     def __init__(self, dataset: Dataset, numbers: range, workers: int, prefetch: int) -> None:
@@ -231,10 +245,8 @@ class Batches:
         if workers:
             # a clean server process forks the workers: nothing of CUDA, NCCL or open files comes along, and what the
             # server has imported is shared
-            context = torch.multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(PRELOAD)
-            options = {"multiprocessing_context": context, "worker_init_fn": leave_with_the_run}
-            options |= {"prefetch_factor": prefetch, "persistent_workers": True}
+            options = {"multiprocessing_context": DataWorkers(), "prefetch_factor": prefetch}
+            options |= {"persistent_workers": True}
         self._loader = DataLoader(
             dataset,
             batch_size=None,
@@ -250,27 +262,27 @@ class Batches:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
+        if self._loader.num_workers:
+            serve_workers(PRELOAD)
+        yield from self._loader
 
 
-def _as_is(batch: Batch | InputError) -> Batch | InputError:
+def _as_is(batch: Batch) -> Batch:
     return batch
 
 
 class _Numbered(Dataset):
-    """Number -> batch; the user's mistake is handed over as it is, since DataLoader would bury it in a traceback."""
+    """Number -> batch; one that cannot be built is blank and says why in `error`."""
 
-    def __getitem__(self, number: int) -> Batch | InputError:
+    def __getitem__(self, number: int) -> Batch:
         skipped: list[Skip] = []
+        rows, problem = self._rows(number), None
         try:
             with _one_thread():
-                clips = [self._clip(row, skipped) for row in self._rows(number)]
+                clips = [self._clip(row, skipped) for row in rows]
         except InputError as error:
-            return error
-        return collate(clips, self.source.empty, skipped)
+            clips, problem = [self.source.blank(row) for row in rows], str(error)
+        return collate(clips, self.source.empty, skipped, problem)
 
 
 class _TrainBatches(_Numbered):

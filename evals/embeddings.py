@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..datasets.batch import Batch, Skip
+from ..datasets.registry import InputError
 
 Encode = Callable[[Batch], Mapping[str, Tensor]]
 
@@ -81,6 +82,8 @@ def embed(encode: Encode, batches: Iterable[Batch], total: int) -> EmbeddingSet:
             try:
                 iterator = iter(batches) if iterator is None else iterator
                 batch = next(iterator, None)
+                if batch is not None and batch.error:
+                    raise InputError(batch.error)
             except Exception as error:  # raised below on all ranks: whatever it was, the others must hear of it
                 failure = error
         if not _all_go_on(failure, batch is not None, len(rows)):

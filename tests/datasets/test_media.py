@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import wave
+from collections import Counter
 
 import av
 import numpy as np
 import pytest
 
+from trivium.datasets import media
 from trivium.datasets.media import (
     CorruptSample,
     probe,
@@ -14,6 +16,7 @@ from trivium.datasets.media import (
     read_frames,
     read_frames_decord,
 )
+from trivium.datasets.registry import InputError
 
 
 def decode_all(data: bytes) -> list[np.ndarray]:
@@ -250,6 +253,111 @@ def test_damage_inside_is_never_short(mp4):
             assert len(read_audio(bytes(data), 16_000)) >= 0.95 * 60 / 25 * 16_000
         except CorruptSample:
             continue
+
+
+def read_frames_in_full(data: bytes, choose: media.Choice) -> list[np.ndarray] | None:
+    """What `read_frames` does with a codec that it cannot plan."""
+    planned, media.PLANNED_CODECS = media.PLANNED_CODECS, frozenset()
+    try:
+        return read_frames(data, choose)
+    finally:
+        media.PLANNED_CODECS = planned
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """The same mp4 with some bytes of its header changed."""
+    changed = np.frombuffer(data, np.uint8).copy()
+    places = rng.integers(data.index(b"moov"), len(data), size=rng.integers(1, 9))
+    changed[places] = rng.integers(256, size=len(places))
+    return changed.tobytes()
+
+
+def test_a_damaged_header_is_corrupt_or_harmless(encode):
+    """Whatever it says, no reader raises anything but CorruptSample: that would end the run."""
+    data = encode(frames=12, options={"g": "6", "bf": "2"})
+    assert data.index(b"moov") > data.index(b"mdat")
+    rng, outcomes = np.random.default_rng(0), Counter()
+    readers = {
+        "planned": lambda data: read_frames(data, lambda n: [0, n - 1]),
+        "in full": lambda data: read_frames_in_full(data, lambda n: [0, n - 1]),
+        "sound": lambda data: read_audio(data, 16_000),
+        "header": probe,
+    }
+    for _ in range(400):
+        film = damaged(data, rng)
+        for name, read in readers.items():
+            try:
+                read(film)
+                outcomes[name, "read"] += 1
+            except CorruptSample as error:
+                assert str(error) and "\n" not in str(error)
+                outcomes[name, "corrupt"] += 1
+    assert len(outcomes) == 2 * len(readers) and min(outcomes.values()) > 20
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), AttributeError("two\nlines"), OverflowError(), KeyError(3)])
+@pytest.mark.parametrize("reader", [read_frames, read_frames_in_full, read_frames_decord, read_audio, probe])
+def test_every_reader_names_what_went_wrong(reader, error, mp4, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(media, "_open", fail)
+    choice = {read_audio: [16_000], probe: []}.get(reader, [lambda n: [0]])
+    with pytest.raises(CorruptSample, match=f"{type(error).__name__}: ") as caught:
+        reader(bytes(bytearray(mp4)), *choice)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [InputError("the user's mistake"), MemoryError(), KeyboardInterrupt()])
+def test_what_is_no_damage_keeps_its_name(error, mp4):
+    def fail(_):
+        raise error
+
+    with pytest.raises(type(error)):
+        read_frames(mp4, fail)
+
+
+@pytest.mark.parametrize("tag", [b"zzzz", b"encv"])
+def test_an_unknown_codec_leaves_the_rest_readable(tag, mp4):
+    data = mp4.replace(b"avc1", tag)
+    for reader in (read_frames, read_frames_decord):
+        with pytest.raises(CorruptSample, match="no decoder for its video"):
+            reader(data, lambda n: [0])
+    assert np.array_equal(read_audio(data, 16_000), read_audio(mp4, 16_000))
+    info = probe(data)
+    assert (info.video, info.audio, info.undecodable, info.frames) == (False, True, True, 0)
+
+
+def test_unknown_sound_leaves_the_frames_readable(encode):
+    data = encode(frames=20, audio="aac").replace(b"mp4a", b"zzzz")
+    sound = data.rindex(b"esds")  # names the codec a second time
+    data = data[:sound] + b"free" + data[sound + 4 :]
+    assert len(read_frames(data, lambda n: range(n))) == len(read_frames_decord(data, lambda n: range(n))) == 20
+    with pytest.raises(CorruptSample, match="no decoder for its audio"):
+        read_audio(data, 16_000)
+    assert probe(data).video and not probe(data).audio and probe(data).undecodable
+
+
+@pytest.mark.parametrize("table", [b"stsz", b"stco"])
+def test_decord_gets_no_index_that_it_would_not_survive(table, mp4):
+    """Of the sound, which it demuxes too: it reads behind the end of the file."""
+    at = mp4.rindex(table) + (17 if table == b"stsz" else 13)  # the second byte of an entry
+    with pytest.raises(CorruptSample, match=r"cut short: its audio|s of video"):
+        read_frames_decord(mp4[:at] + b"\x40" + mp4[at + 1 :], lambda n: [0])
+
+
+def test_absurd_sound_is_corrupt():
+    """As a damaged header has it: few samples a second become very many, and not-a-number spreads to the weights."""
+    data = wav(np.zeros((5000, 1), np.int16), 16_000)
+    with pytest.raises(CorruptSample, match="claims 1 samples a second"):
+        read_audio(data[:24] + (1).to_bytes(4, "little") + data[28:], 16_000)
+    floats = bytearray(wav(np.zeros((5000, 1), np.int32), 16_000))
+    floats[20] = 3  # the format's tag: floating point
+    assert len(read_audio(bytes(floats), 16_000)) == 5000
+    for value in (np.nan, np.inf, 1e30):
+        floats[1000:1004] = np.float32(value).tobytes()
+        with pytest.raises(CorruptSample, match="no sound"):
+            read_audio(bytes(floats), 16_000)
 
 
 def test_very_short_films_are_whole(encode):

@@ -189,6 +189,36 @@ def test_a_second_run_keeps_what_is_complete(tmp_path, capsys):
     assert "kept" in capsys.readouterr().err
 
 
+def test_another_version_is_written_again(tmp_path, capsys, monkeypatch):
+    source = MovingDigits(train=3, val=2, test=2)
+    monkeypatch.setattr(moving_digits, "VERSION", 1)
+    monkeypatch.setattr(moving_digits, "MIDDLE", (0.0, 0.1))
+    old = source.prepare(tmp_path)
+    before = hashes(tmp_path)
+    monkeypatch.undo()
+    capsys.readouterr()
+    card = source.prepare(tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"holds version 1 of these clips, version {moving_digits.VERSION} replaces it" in said
+    MovingDigits(train=3, val=2, test=2).prepare(tmp_path / "fresh")
+    assert hashes(tmp_path) == hashes(tmp_path / "fresh") and not set(before.values()) & set(hashes(tmp_path).values())
+    assert card == source.prepare(tmp_path) and old["options"] == card["options"]
+    (tmp_path / "card.json").write_text(json.dumps({**card, "version": 1, "splits": "of an older form"}))
+    assert source.prepare(tmp_path) == card
+
+
+def test_another_version_of_other_options_is_refused(tmp_path):
+    source = MovingDigits(train=3, val=2, test=2)
+    card = source.prepare(tmp_path)
+    before = hashes(tmp_path)
+    for change in ({"options": {**card["options"], "train": 4}}, {"source": "ours"}):
+        text = json.dumps({**card, "version": 1, **change})
+        (tmp_path / "card.json").write_text(text)
+        with pytest.raises(InputError, match="another result"):
+            source.prepare(tmp_path)
+        assert hashes(tmp_path) == before and (tmp_path / "card.json").read_text() == text
+
+
 @pytest.mark.parametrize("damage", ["shard gone", "shard short", "killed"])
 def test_a_half_written_result_is_done_again(tmp_path, damage, monkeypatch):
     source = MovingDigits(train=3, val=2, test=2)

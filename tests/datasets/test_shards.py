@@ -16,7 +16,17 @@ import pytest
 
 from trivium.datasets.media import CorruptSample
 from trivium.datasets.registry import InputError
-from trivium.datasets.shards import AUDIO, CAPTIONS, SUFFIX, UNREADABLE, VIDEO, Index, expand, write_shards
+from trivium.datasets.shards import (
+    AUDIO,
+    CAPTIONS,
+    SUFFIX,
+    UNREADABLE,
+    VIDEO,
+    Index,
+    expand,
+    read_captions,
+    write_shards,
+)
 
 
 def samples(count: int, start: int = 0) -> list[dict]:
@@ -202,7 +212,32 @@ def test_flags_and_facts(tmp_path, encode):
     np.testing.assert_allclose(index.seconds, [1.2, 2.0, 0.0, 2.0], atol=0.05)
 
 
-@pytest.mark.parametrize("bucket", ['"three"', "1.5", "-1", "-2", "true", "null"])
+def test_media_that_nothing_decodes_is_unreadable(tmp_path, encode):
+    film = encode(frames=10)
+    members = [("0.mp4", film.replace(b"avc1", b"zzzz")), ("1.mp4", film)]
+    index = Index.open(str(make_tar(tmp_path / "s.tar", members)))
+    assert index.flags(["mp4"]).tolist() == [AUDIO | UNREADABLE, VIDEO | AUDIO] and index.frames.tolist() == [0, 10]
+
+
+def test_damaged_headers_never_stop_the_index(tmp_path, encode):
+    film = encode(frames=4)
+    rng, members = np.random.default_rng(0), []
+    for number in range(150):
+        damaged = np.frombuffer(film, np.uint8).copy()
+        places = rng.integers(film.index(b"moov"), len(film), size=rng.integers(1, 9))
+        damaged[places] = rng.integers(256, size=len(places))
+        members.append((f"{number:03d}.mp4", damaged.tobytes()))
+    flags = Index.open(str(make_tar(tmp_path / "s.tar", members))).flags(["mp4"])
+    assert (flags & UNREADABLE > 0).sum() > 20 and (flags == VIDEO | AUDIO).sum() > 20
+
+
+def test_half_a_character_does_no_harm(tmp_path):
+    path = make_tar(tmp_path / "s.tar", [("a.json", b'{"captions": ["cut \\ud83d", " \\u00e9 "]}')])
+    captions = read_captions("json", Index.open(str(path)).read(0)["json"])
+    assert captions == ("cut ?", "é") and "".join(captions).encode()
+
+
+@pytest.mark.parametrize("bucket", ['"three"', "1.5", "-1", "-2", "true", "null", "9223372036854775808"])
 def test_a_bucket_is_a_whole_number(tmp_path, bucket):
     path = make_tar(tmp_path / "s.tar", [("a.json", b'{"bucket": %s}' % bucket.encode())])
     with pytest.raises(InputError, match=r"s\.tar, sample 'a': bucket"):
@@ -215,6 +250,36 @@ def test_extensions_are_numbered_alike_over_shards(tmp_path):
     index = Index.open([str(one), str(two)])
     assert [index.read(i) for i in range(3)] == [{"x": b"1", "y": b"2"}, {"y": b"3", "z": b"4"}, {"x": b"5"}]
     assert index.read(1, only=["z", "x"]) == {"z": b"4"}
+
+
+def test_the_digest_is_that_of_the_samples_in_their_order(tmp_path):
+    write_shards(samples(12), tmp_path / "here", "train", samples_per_shard=5)
+    write_shards(samples(12), tmp_path / "there", "train", samples_per_shard=5)
+    here = [str(tmp_path / "here" / f"train-{i:06d}.tar") for i in range(3)]
+    digest = Index.open(here).digest()
+    assert len(digest) == 64 and int(digest, 16)
+    assert Index.open(str(tmp_path / "there" / "*.tar")).digest() == Index.open(here).digest() == digest
+    os.utime(here[0], ns=(0, 12345))
+    assert Index.open(here).digest() == digest
+    write_shards(samples(12), tmp_path / "cut elsewhere", "train", samples_per_shard=4)
+    write_shards(samples(12), tmp_path / "renamed", "val", samples_per_shard=5)
+    write_shards(samples(12, start=1), tmp_path / "other", "train", samples_per_shard=5)
+    others = [here[:2], here[::-1], [here[1], here[0], here[2]]]
+    others += [[str(path) for path in sorted((tmp_path / name).glob("*.tar"))] for name in ("cut elsewhere", "renamed")]
+    others.append(str(tmp_path / "other" / "*.tar"))
+    assert len({digest, *(Index.open(other).digest() for other in others)}) == 7
+
+
+def test_the_digest_sees_where_keys_and_samples_begin(tmp_path):
+    def digest(*members: tuple[str, bytes]) -> str:
+        return Index.open(str(make_tar(tmp_path / "s.tar", list(members)))).digest()
+
+    found = [
+        digest(("ab.x", b"1"), ("c.x", b"2")),
+        digest(("a.x", b"1"), ("bc.x", b"2")),
+        digest(("ab.x", b"1" * 600), ("c.x", b"2")),
+    ]
+    assert len(set(found)) == 3
 
 
 # -- sidecars ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,26 @@ def test_corrupt_samples_are_replaced_and_reported(damaged):
             assert skip.reason and "\n" not in skip.reason
 
 
+def test_unreadable_headers_are_counted(damaged, source, good, tmp_path, specs, encode):
+    assert damaged.check() == {"video": 10, "audio": 10, "text": 11, "unreadable": 3}
+    assert "unreadable" not in source.check()
+    text = Source(damaged.pattern, quickest(specs))
+    assert text.check() == {"text": 11, "unreadable": 1}  # nobody wants the films
+    blind = {**good[0], "mp4": encode(frames=10).replace(b"avc1", b"zzzz")}
+    pattern = write(tmp_path, [*good[:2], blind])
+    assert Source(pattern, specs).check() == {"video": 2, "audio": 3, "text": 3, "unreadable": 1}
+    assert Source(pattern, {"audio": specs["audio"]}).check() == {"audio": 3}
+    with pytest.raises(InputError, match="of 1 samples unreadable"):
+        Source(write(tmp_path / "none", [blind]), specs).check()
+
+
+def test_an_unknown_codec_is_replaced(tmp_path, good, specs, encode):
+    clips = [*good[:5], {**good[5], "mp4": encode(frames=10).replace(b"avc1", b"encv")}]
+    (batch,) = train(Source(write(tmp_path, clips), specs), batch_size=6, steps=1)
+    assert "clip005" not in batch.keys and {skip.key for skip in batch.skipped} == {"clip005"}
+    assert "unknown or encrypted" in batch.skipped[0].reason
+
+
 def test_replacement_does_not_depend_on_workers_or_ranks(damaged):
     whole = train(damaged, batch_size=12, steps=2)
     assert joined(train(damaged, batch_size=12, steps=2, workers=2)) == joined(whole)
@@ -253,9 +274,11 @@ def test_replacement_does_not_depend_on_workers_or_ranks(damaged):
 def test_nothing_but_corrupt_samples_stops_the_run(workers, tmp_path, good, specs):
     clips = [{**clip, "mp4": b"<html>"} for clip in good]
     source = Source(write(tmp_path, clips), specs)
-    with pytest.raises(InputError, match=f"{ATTEMPTS} samples drawn for position 0 are all corrupt") as error:
-        train(source, workers=workers)
-    assert "\n" not in str(error.value)
+    first = train(source, workers=workers)[0]
+    assert (
+        first.error.startswith(f"{ATTEMPTS} samples drawn for position 0 are all corrupt") and "\n" not in first.error
+    )
+    assert not any(present.any() for present in first.present.values())  # blank, for the step's collectives
 
 
 def test_samples_without_a_modality_take_part(tmp_path, good, specs, encode):
@@ -360,9 +383,8 @@ def test_a_mistake_in_evaluation_stays_one_line(workers, digits):
 
     bare = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str()
     source = Source(str(digits / "val-*.tar"), {"text": TokenSpec(tokenizer=bare, max_tokens=4)})
-    with pytest.raises(InputError, match="no padding token") as error:
-        evaluate(source, workers=workers)
-    assert "\n" not in str(error.value)
+    (batch,) = evaluate(source, workers=workers)[:1]
+    assert "no padding token" in batch.error and "\n" not in batch.error
 
 
 def test_buckets_for_all_or_none(tmp_path, good, specs):
@@ -393,28 +415,129 @@ def test_decord_makes_the_same_batches(digits, specs):
 
 # -- processes --------------------------------------------------------------------------------------------------------
 
-
-def test_a_killed_run_leaves_no_worker(digits):
-    script = """
-import sys, time, multiprocessing
+BEGIN = """
+import os, signal, sys, time
 from trivium.datasets.stream import Source, train_batches
 from trivium.modalities import FrameSpec
+
+SPECS = {"video": FrameSpec(2, 32, (0.5,) * 3, (0.5,) * 3)}
+OPTIONS = {"batch_size": 4, "rank": 0, "world": 1, "seed": 0, "start_step": 0, "workers": 2}
+
+def family(pid):
+    tasks = [f"/proc/{pid}/task/{task}/children" for task in os.listdir(f"/proc/{pid}/task")]
+    children = [child for task in tasks for child in open(task).read().split()]
+    return children + [grandchild for child in children for grandchild in family(child)]
+
+"""
+
+
+@pytest.fixture
+def start(tmp_path, digits) -> Iterator[Callable[[str], subprocess.Popen]]:
+    """Runs a script as the leader of a process group of its own."""
+    runs = []
+
+    def run(script: str) -> subprocess.Popen:
+        path = tmp_path / "run.py"
+        path.write_text(BEGIN + script)
+        command = [sys.executable, str(path), str(digits / "train-*.tar")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        runs.append(subprocess.Popen(command, **pipes, text=True, start_new_session=True))
+        return runs[-1]
+
+    yield run
+    for process in runs:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_the_end(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "workers outlive their run"
+        time.sleep(0.2)
+
+
+def test_a_killed_run_leaves_no_process(start):
+    script = """
 if __name__ == "__main__":
-    source = Source(sys.argv[1], {"video": FrameSpec(2, 32, (0.5,) * 3, (0.5,) * 3)})
-    batches = train_batches(source, batch_size=4, rank=0, world=1, seed=0, start_step=0, steps=10**6, workers=2)
+    batches = train_batches(Source(sys.argv[1], SPECS), steps=10**6, **OPTIONS)
     next(iter(batches))
-    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+    print(*family(os.getpid()), flush=True)
     for batch in batches:
         pass
 """
-    path = digits / "run.py"
-    path.write_text(script)
-    run = subprocess.Popen([sys.executable, str(path), str(digits / "train-*.tar")], stdout=subprocess.PIPE, text=True)
-    workers = [int(pid) for pid in run.stdout.readline().split()]
-    assert len(workers) >= 2
+    run = start(script)
+    processes = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(processes) >= 4  # resource tracker, fork server, two workers
     os.kill(run.pid, signal.SIGKILL)
-    run.wait()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "workers outlive their run"
-        time.sleep(0.2)
+    run.communicate()
+    wait_for_the_end(processes)
+
+
+def test_signals_to_the_group_end_no_worker(start):
+    """The run decides what they mean, and gets all its batches."""
+    script = """
+class Slow(Source):
+    def clip(self, *args):
+        time.sleep(0.05)
+        return super().clip(*args)
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: print("heard", flush=True))
+    batches = train_batches(Slow(sys.argv[1], SPECS), steps=20, **OPTIONS)
+    count = 0
+    for batch in batches:
+        count += 1
+        if count == 1:
+            before = family(os.getpid())
+            print(*before, flush=True)
+    print(count, family(os.getpid()) == before, flush=True)
+"""
+    run = start(script)
+    processes = [int(pid) for pid in run.stdout.readline().split()]
+    os.killpg(run.pid, signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGINT)
+    output, errors = run.communicate(timeout=60)
+    assert (output.split(), run.returncode) == (["heard", "heard", "20", "True"], 0), errors
+    assert not errors
+    wait_for_the_end(processes)
+
+
+def test_a_run_ends_although_a_worker_hangs(start):
+    """In a decoder, say: the run terminates it, as it does with any worker of an iterator that is still alive."""
+    script = """
+class Hanging(Source):
+    def clip(self, sample, position, seed):
+        time.sleep(10**6 if position >= 8 else 0)
+        return super().clip(sample, position, seed)
+
+if __name__ == "__main__":
+    iterator = iter(train_batches(Hanging(sys.argv[1], SPECS), steps=40, **OPTIONS))
+    next(iterator), next(iterator)
+    print(*family(os.getpid()), flush=True)
+"""
+    run = start(script)
+    processes = [int(pid) for pid in run.stdout.readline().split()]
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 0 and not errors
+    wait_for_the_end(processes)
+
+
+def test_other_users_of_the_fork_server_can_be_terminated(start):
+    script = """
+import multiprocessing
+
+if __name__ == "__main__":
+    list(train_batches(Source(sys.argv[1], SPECS), steps=1, **OPTIONS))
+    other = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(10**6,))
+    other.start()
+    time.sleep(2)
+    other.terminate()
+    other.join(20)
+    print(other.exitcode, flush=True)
+    other.kill()
+"""
+    run = start(script)
+    output, errors = run.communicate(timeout=60)
+    assert output.split() == [str(-signal.SIGTERM)], errors
