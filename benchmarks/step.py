@@ -24,9 +24,10 @@ from workload import add_options, configuration
 from trivium.datasets.batch import Batch
 from trivium.datasets.stream import Source, train_batches
 from trivium.objectives import Embeddings
+from trivium.pretrain.build import build_module
 from trivium.pretrain.config import Config
 from trivium.pretrain.engine import Engine, build_accelerator
-from trivium.pretrain.loop import build_module, exchange
+from trivium.pretrain.loop import exchange
 from trivium.pretrain.optim import build_optimizer, freeze, set_learning_rate
 from trivium.pretrain.step import TrainModule, train_step
 

@@ -1,14 +1,17 @@
-"""What an embedding space looks like, whatever shaped it: alignment, uniformity, gap, conflicts, divergence."""
+"""What an embedding space looks like, whatever shaped it: alignment, uniformity, gap, rank, conflicts, divergence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from . import gather
+from .gram import MOST_MODALITIES, volume_scores
 
 Vectors = Mapping[str, Tensor]
 
@@ -20,6 +23,8 @@ def geometry(z: Vectors, valid: Vectors | None = None, *, tau: float = 0.07, lim
     - `alignment/m-n`: mean |z_i^m - z_i^n|² over the samples that have both; 0 (equal) to 4 (opposite).
     - `uniformity/m`: log mean_{i != j} exp(-2 |z_i^m - z_j^m|²); 0 when collapsed, near -4 when spread evenly in many
       dimensions (this and the last: Wang & Isola 2020).
+    - `effective_rank/m`: exp of the entropy of the vectors' singular values as shares of their sum: from 1, all on one
+      line, to min(N, D) (Roy & Vetterli 2007).
     - `gap/m-n`: distance of the mean vectors of two modalities, 0 to 2 (Liang et al. 2022).
     - `zeta/m` and `chi/m`: alignment-uniformity conflict (-1 to 1) and intra-alignment conflict (0 to 1) with m as the
       anchor, all weights 1; `zeta` and `chi`: their means over anchors ("Towards Uniformity and Alignment for
@@ -41,6 +46,7 @@ def geometry(z: Vectors, valid: Vectors | None = None, *, tau: float = 0.07, lim
             found[f"alignment/{m}-{n}"] = (x[m] - x[n])[both].square().sum(-1).mean().item()
         found[f"gap/{m}-{n}"] = (x[m][there[m]].mean(0) - x[n][there[n]].mean(0)).norm().item()
     for name in x:
+        found[f"effective_rank/{name}"] = _effective_rank(x[name][there[name]])
         if there[name].sum() > 1:
             found[f"uniformity/{name}"] = _uniformity(x[name][there[name]])
     if len(x) > 1:
@@ -65,6 +71,58 @@ def holder_divergence(z: list[Tensor], tau: float) -> float:
 
     within = sum(log_mean_exp((len(z) - 1) * log_kernel_means(x, x)) for x in z) / len(z)
     return within - log_mean_exp(sum(log_kernel_means(z[0], y) for y in z[1:]))
+
+
+@torch.no_grad()
+def volume_histograms(
+    z: Vectors, valid: Vectors | None = None, *, bins: int = 20, limit: int = 256
+) -> dict[str, list[float]]:
+    """How the volumes that the modalities' vectors span are spread over [0, 1]: shares of `bins` equal bins.
+
+    - `matched`: of the tuples that belong together, one a sample.
+    - `unmatched`: of the first modality of each sample with the others of each other sample.
+
+    Args:
+        z, valid: as `geometry` takes them; samples that lack a modality are left out. Empty for fewer than 2 complete
+            samples and for more modalities than GRAM takes.
+        limit: most samples used; of more, evenly spaced ones.
+    """
+    if not 2 <= len(z) <= MOST_MODALITIES:
+        return {}
+    x = dict(z)
+    if valid is not None:
+        complete = torch.stack([valid[name] for name in z]).all(0)
+        x = {name: vectors[complete.to(vectors.device)] for name, vectors in z.items()}
+    if min(map(len, x.values())) < 2:
+        return {}
+    anchor, *others = _chosen(x, None, limit)[0].values()
+    volumes = volume_scores(anchor, others)
+    itself = torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)
+    found = {"matched": volumes[itself], "unmatched": volumes[~itself]}
+    return {name: (torch.histc(x.float().cpu(), bins, 0, 1) / len(x)).tolist() for name, x in found.items()}
+
+
+def term_conflicts(terms: Mapping[str, Tensor], vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Cosines between the gradients that the terms of a loss have at the embeddings, by `a-b`; -1 is open conflict.
+
+    All ranks: each holds the gradients at its own rows, of the global loss. The graph is kept for the backward pass.
+
+    Args:
+        terms: attached scalars, `Loss.terms`; those without a gradient are left out.
+        vectors: what they are functions of.
+    """
+    moving = {name: term for name, term in terms.items() if term.requires_grad}
+    gradients = []
+    for term in moving.values():
+        parts = torch.autograd.grad(term, vectors, retain_graph=True, allow_unused=True, materialize_grads=True)
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    if len(gradients) < 2:
+        return {}
+    stacked = torch.stack(gradients).double()
+    products = gather.all_sum(stacked @ stacked.T)
+    norms = products.diagonal().sqrt().clamp_min(torch.finfo(products.dtype).tiny)
+    cosines = products / norms[:, None] / norms
+    return {f"{a}-{b}": cosines[i, j] for (i, a), (j, b) in combinations(enumerate(moving), 2)}
 
 
 def _chosen(z: Vectors, valid: Vectors | None, limit: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -101,6 +159,12 @@ def _conflicts(x: Vectors, there: Vectors, tau: float) -> dict[str, float]:
         if each:
             found[measure] = sum(each) / len(each)
     return found
+
+
+def _effective_rank(x: Tensor) -> float:
+    singular = torch.linalg.svdvals(x)
+    shares = singular / singular.sum().clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.special.entr(shares).sum().exp().item()
 
 
 def _uniformity(x: Tensor) -> float:

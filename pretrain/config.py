@@ -5,8 +5,9 @@ Every option is declared here once, with its meaning; `--help` and the error mes
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -14,6 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..datasets.registry import InputError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+class ForeignRun(InputError):
+    """The run directory holds another run, whose records are not ours to change."""
 
 
 def _named(value: Any) -> Any:
@@ -72,6 +77,15 @@ class Group(Section):
     weight_decay: float | None = Field(None, ge=0, description="instead of train.weight_decay")
     frozen: bool = Field(False, description="do not train these parameters")
 
+    @field_validator("match")
+    @classmethod
+    def _is_an_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"no regular expression ({error})") from None
+        return value
+
 
 class Train(Section):
     steps: int = Field(gt=0, description="optimizer steps of the whole run")
@@ -88,7 +102,7 @@ class Train(Section):
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     final_lr_scale: float = Field(0.0, ge=0, le=1, description="share of train.lr left at the last step")
-    groups: list[Group] = Field([], description="parameter groups by regular expression")
+    groups: list[Group] = Field([], description="parameter groups, each {match: ..., and what differs for it}")
 
 
 class Distributed(Section):
@@ -96,6 +110,9 @@ class Distributed(Section):
         "auto", description="DeepSpeed ZeRO stage; 0 = plain DDP; auto = 1 from two GPUs on, else 0"
     )
     bucket_mb: int = Field(200, gt=0, description="size of ZeRO's communication buckets in MB")
+    persist_below: int = Field(
+        100_000, ge=0, description="ZeRO-3 keeps parameters of fewer elements than this whole on every rank"
+    )
     timeout_minutes: float = Field(30, gt=0, description="a collective that takes longer ends the job")
 
 
@@ -123,7 +140,12 @@ class Checkpoint(Section):
 
 class Log(Section):
     every: int = Field(10, gt=0, description="steps between log lines")
-    geometry: bool = Field(True, description="log the geometry of the batch's embeddings (alignment, gap, zeta ...)")
+    geometry: bool = Field(
+        True, description="log the geometry of the batch's embeddings (alignment, gap, zeta, volumes ...)"
+    )
+    conflicts: int | None = Field(
+        100, ge=50, description="steps between measurements of how the loss's terms conflict; not under ZeRO-3"
+    )
     wandb: bool = Field(True, description="log to Weights & Biases: offline unless WANDB_API_KEY is set")
     project: str = Field("trivium", description="W&B project")
 
@@ -160,9 +182,19 @@ def load(recipe: str, overrides: list[str] = ()) -> Config:
 
     Raises InputError for an unknown recipe, key or value, naming the nearest known.
     """
+    return validate(read(recipe, overrides))
+
+
+def read(recipe: str, overrides: list[str] = ()) -> dict[str, Any]:
+    """A recipe and what it extends, with the overrides, as plain data that is not validated yet."""
     tree = _read(recipe)
     for override in overrides:
         _apply(tree, override)
+    return tree
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    """The Config of plain data. Raises InputError for an unknown key or a wrong value."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -176,8 +208,9 @@ def save(config: Config, path: Path) -> None:
     scratch.replace(path)
 
 
-def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    path = recipes().get(recipe, Path(recipe))
+def _read(recipe: str, folder: Path = Path(), seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree of a shipped recipe's name or of a file, a relative path being seen from `folder`."""
+    path = recipes().get(recipe, folder / recipe)
     if not path.is_file():
         raise InputError(f"no recipe is called {recipe!r} and no such file exists; {nearest(recipe, recipes())}")
     if str(path) in seen:
@@ -189,7 +222,7 @@ def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds {type(tree).__name__}, not `key: value` lines; see `trivium recipes demo`")
     base = tree.pop("extends", None)
-    return _merge(_read(base, (*seen, str(path))), tree) if base else tree
+    return _merge(_read(base, path.parent, (*seen, str(path))), tree) if base else tree
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +265,9 @@ def _explain(error: ValidationError) -> str:
         return f"no option is called {where!r}; {nearest(path[-1], _keys(path[:-1]))}"
     if first["type"] == "missing":
         return f"the recipe lacks {where!r}; add it, or start from one of: {', '.join(recipes())}"
-    return f"{where}={first['input']!r}: {first['msg']}; {where} is: {describe().get(where, 'see --help')}"
+    message = first["msg"].removeprefix("Value error, ")
+    meaning = describe().get(".".join("NAME" if part.isdigit() else part for part in path), "see --help")
+    return f"{where}={first['input']!r}: {message}; {where} is: {meaning}"
 
 
 def _keys(path: list[str]) -> list[str]:
@@ -253,6 +288,7 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, s
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             lines |= describe(kind, f"{prefix}{key}.")
-        elif key == "modalities":
-            lines |= describe(Modality, f"{prefix}{key}.NAME.")
+        for part in get_args(kind):  # of a list or of a dict of sections
+            if isinstance(part, type) and issubclass(part, Section):
+                lines |= describe(part, f"{prefix}{key}.NAME.")
     return lines

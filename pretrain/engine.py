@@ -63,6 +63,18 @@ class Engine:
             with self.prepared.no_sync():
                 yield
 
+    @contextlib.contextmanager
+    def objective_pass(self) -> Iterator[None]:
+        """Around the forward and backward that uses the objective's own parameters only, before those of the towers.
+
+        ZeRO-3 overwrites a step's old gradients in the first pass of the next step, and adds in later ones. The towers
+        come in a later pass, so that is told to be a first one too; it leaves out the objective, whose stay.
+        """
+        with self.pass_(last=False):
+            yield
+        if self.stage == 3:
+            self.prepared.optimizer.zero_grad()  # forgets that a pass was made; the gradients lie elsewhere
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of `loss`, as it is: nothing divides it. Inside `pass_`. All ranks."""
         if self.stage:
@@ -78,13 +90,18 @@ class Engine:
         return sum(p.sum() for p in self.module.objective.parameters() if p.requires_grad) * 0.0
 
     def step(self) -> float:
-        """Clip, update, clear the gradients; returns the gradient norm over all ranks before clipping. All ranks."""
+        """Clip, update, clear the gradients; returns the gradient norm over all ranks before clipping. All ranks.
+
+        A norm that is not finite leaves the weights as they are, but under ZeRO, which tells it after the update.
+        """
         if self.stage:
             self.prepared.step()
-            return float(self.prepared.get_global_grad_norm())
+            norm = float(self.prepared.get_global_grad_norm())
+            return norm if norm >= 0 else float("nan")  # ZeRO's word for it is -1
         limit = self.clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.names.values(), limit)
-        self.optimizer.step()
+        if norm.isfinite():  # waits for the GPU
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -270,7 +287,7 @@ def _deepspeed_plugin(config: Config, stage: int):
             "reduce_bucket_size": elements,
             "allgather_bucket_size": elements,
             "stage3_prefetch_bucket_size": elements,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": config.distributed.persist_below,
         },
     }
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)

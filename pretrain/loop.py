@@ -17,23 +17,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from ..datasets.batch import Batch, Skip
-from ..datasets.stream import Source, eval_batches, train_batches
-from ..evals.cli import checkpoint_folder
-from ..modalities.model import MultimodalModel
-from ..modalities.weights import load_matching
-from ..objectives import OBJECTIVES, Loss
+from ..datasets.stream import eval_batches, train_batches
+from ..objectives import Loss
 from . import state as checkpoints
-from .config import Config, Patterns
+from .build import build_module, source_of
+from .config import Config
 from .engine import Engine, build_accelerator
-from .health import Stopper, check_corrupt, report_non_finite, write_skips
+from .health import Stopper, check_corrupt, end_with_the_launcher, report_non_finite, write_skips
 from .optim import build_optimizer, freeze, set_learning_rate
 from .state import RunState
-from .step import TrainModule, seed_everything, train_step
+from .step import CONFLICT, train_step
 from .telemetry import Clock, Telemetry, batch_geometry
 from .validation import Validation
 
@@ -41,6 +38,7 @@ from .validation import Validation
 def train(config: Config) -> str:
     """Run a recipe to its end, or until it is asked to stop. All ranks. Returns "finished" or "stopped"."""
     stopper = Stopper()
+    end_with_the_launcher()
     accelerator = build_accelerator(config)
     folder, messages = checkpoints.find(config.run)
     module = build_module(config, folder, messages)
@@ -51,6 +49,7 @@ def train(config: Config) -> str:
         state = checkpoints.load_rest(folder, engine)
         messages.append(f"resumed from {folder.name}")
     train_source = source_of(config, module.model, config.data.train)
+    state.data = train_source.index.digest()
     rank, world, workers = accelerator.process_index, accelerator.num_processes, config.data.workers
     batches = train_batches(
         train_source,
@@ -68,6 +67,8 @@ def train(config: Config) -> str:
         rows = config.evals.batch_size
         val_batches = eval_batches(val_source, batch_size=rows, rank=rank, world=world, workers=workers)
         validation = Validation(config, engine, val_batches, len(val_source))
+    if folder and accelerator.is_main_process:
+        checkpoints.point(folder)
     with Telemetry(config, accelerator, state.step) as telemetry:
         for message in messages:
             telemetry.say(message)
@@ -92,13 +93,24 @@ def _steps(
         rate = set_learning_rate(engine.optimizer, state.step, config.train)
         engine.module.train()
         seed = (config.seed, state.step, engine.accelerator.process_index)
-        loss, z = train_step(engine, batch, config.train.chunk, seed)
+        measured = bool(config.log.conflicts) and (state.step + 1) % config.log.conflicts == 0
+        loss, z = train_step(engine, batch, config.train.chunk, seed, measured)
         means, totals = exchange(
-            engine, loss, stop=stopper.asked, skipped=len(batch.skipped), due=clock.due(every.minutes)
+            engine,
+            loss,
+            stop=stopper.asked,
+            skipped=len(batch.skipped),
+            due=clock.due(every.minutes),
+            failed=batch.error is not None,
         )  # all ranks
+        if totals["failed"]:
+            checkpoints.raise_everywhere(batch.error)  # all ranks
         if not math.isfinite(means["loss"]):
-            report_non_finite(config, engine, state.step, means, batch, loss)  # all ranks; raises
+            report_non_finite(config, engine, state.step, means, batch, loss, z)  # all ranks; raises
         gradient_norm = engine.step()
+        if not math.isfinite(gradient_norm):
+            means["grad_norm"] = gradient_norm
+            report_non_finite(config, engine, state.step, means, batch, loss, z)  # all ranks; raises
         state.step += 1
         state.samples += config.train.batch_size
         state.skipped += totals["skipped"]
@@ -107,18 +119,21 @@ def _steps(
         telemetry.advance(state.step)
 
         last, stop = state.step == config.train.steps, totals["stop"] > 0
-        if state.step % config.log.every == 0 or last or stop:
+        logged = state.step % config.log.every == 0 or last or stop or measured
+        if logged:
             record = {"step": state.step, "samples": state.samples, **means, "lr": rate, "grad_norm": gradient_norm}
             record |= {"skipped": state.skipped} | clock.rates(config.train.batch_size)
             if config.log.geometry:
                 record |= batch_geometry(batch, z)  # all ranks
             telemetry.record(record)
-            skips = write_skips(config.run, engine, skips)  # all ranks
-            check_corrupt(config, state, dataset_size)
         best = False
         if validation and (last or (config.evals.every and state.step % config.evals.every == 0)):
             best = validation.run(state, telemetry)  # all ranks
-        if last or stop or best or totals["due"] or (every.every and state.step % every.every == 0):
+        save = last or stop or best or totals["due"] or (every.every and state.step % every.every == 0)
+        if save or logged:
+            skips = write_skips(config.run, engine, skips)  # all ranks
+            check_corrupt(config, state, dataset_size)
+        if save:
             state.seconds += clock.since_saved()
             checkpoints.save(config.run, engine, state, every.keep)  # all ranks
         if stop and not last:
@@ -128,34 +143,9 @@ def _steps(
     return "finished"
 
 
-def source_of(config: Config, model: MultimodalModel, pattern: Patterns) -> Source:
-    """The clips that `pattern` names, to be decoded as the model's towers want them."""
-    data = config.data
-    return Source(pattern, model.specs, fields=data.fields, decoder=data.decoder, crop_area=data.crop_area)
-
-
-def build_module(config: Config, folder: Path | None, messages: list[str]) -> TrainModule:
-    """Model and objective with the weights to start from: a checkpoint of this run, `init_from`, or the seed's."""
-    seed_everything(config.seed)
-    model = MultimodalModel(config.tree()["modalities"], config.dim)
-    objective = OBJECTIVES.build(config.objective.name, **config.objective.options)
-    module = TrainModule(model, objective, config.train.precision)
-    if folder:
-        checkpoints.load_weights(folder, module)
-    elif config.init_from:
-        messages.append(str(load_matching(model, weights_source(config.init_from))))
-    return module
-
-
-def weights_source(init_from: str) -> str:
-    """What `init_from` means: of a run directory, its best checkpoint."""
-    run = Path(init_from)
-    return str(checkpoint_folder(run)[0]) if (run / "checkpoints").is_dir() else init_from
-
-
 def exchange(engine: Engine, loss: Loss, **counts: int) -> tuple[dict[str, float], dict[str, int]]:
     """Means over ranks of the loss and its parts, and sums over ranks of the counts; waits for the GPU. All ranks."""
-    names = ["loss", *(f"loss/{name}" for name in loss.parts)]
+    names = ["loss", *(name if name.startswith(CONFLICT) else f"loss/{name}" for name in loss.parts)]
     values = torch.stack([x.detach().double().reshape(()) for x in (loss.total, *loss.parts.values())])
     own = torch.cat([values, torch.tensor(list(counts.values()), dtype=torch.float64, device=values.device)])
     if engine.accelerator.num_processes > 1:

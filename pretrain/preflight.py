@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
+import torch
 import yaml
+from torch.nn import functional as F
 
-from ..datasets.registry import InputError
+from ..datasets.registry import InputError, nearest
 from ..evals import harness
+from ..evals.embeddings import EmbeddingSet
 from ..modalities import TOWERS
 from ..modalities.model import MultimodalModel
 from ..modalities.weights import load_matching
 from ..objectives import OBJECTIVES
 from . import state as checkpoints
-from .config import Config, load
-from .loop import source_of, weights_source
+from .build import source_of, weights_source
+from .config import Config, ForeignRun, Patterns, load
+from .optim import freeze, parameter_groups
+from .step import TrainModule
 
 MAY_CHANGE = ("name", "run", "data.workers", "checkpoint", "log", "evals", "distributed")
 """Options that a resumed run may have other values of: none of them changes what is learned."""
@@ -43,14 +49,22 @@ def check_config(config: Config) -> dict:
     model = MultimodalModel(config.tree()["modalities"], config.dim)
     objective = OBJECTIVES.build(config.objective.name, **config.objective.options)
     objective.check(model.names)
-    if config.init_from and not checkpoints.find(config.run)[0]:
+    check_best(config, model.names)
+    module = TrainModule(model, objective, config.train.precision)
+    freeze(module, config.train)
+    parameter_groups(module, config.train)
+    begun, _ = checkpoints.find(config.run)
+    if config.init_from and not begun:
         load_matching(model, weights_source(config.init_from))
     found = {}
     for split in ("train", "val", "test"):
         pattern = getattr(config.data, split)
         if pattern is not None:
             source = source_of(config, model, pattern)
-            found[split] = {"clips": len(source)} | (source.check() or {})
+            found[split] = {"clips": len(source)} | source.check()
+            check_readable(config, pattern, found[split])
+            if split == "train" and begun:
+                check_same_data(config, pattern, source.index.digest(), begun)
             if split == "train" and "bucket" in objective.needs and not source.bucketed:
                 raise InputError(
                     f"objective {config.objective.name!r} needs bucket ids, and the samples of {pattern!r} have none; "
@@ -69,6 +83,44 @@ def check_config(config: Config) -> dict:
             f"use at most {found['train']['clips']}"
         )
     return found
+
+
+def check_best(config: Config, names: tuple[str, ...]) -> None:
+    """`evals.best` must name metrics that the tasks will give: they are asked, with a few made-up clips."""
+    z = {name: F.normalize(torch.randn(4, 8), dim=-1) for name in names}
+    clips = tuple("abcd")
+    made_up = EmbeddingSet(
+        z=z,
+        valid={name: torch.ones(4, dtype=torch.bool) for name in names},
+        keys=clips,
+        captions=tuple((clip,) for clip in clips),
+        bucket=torch.tensor([0, 0, 1, 1]),
+    )
+    results = harness.run_tasks(made_up, config.evals.tasks)
+    known = [f"{result.task}/{name}" for result in results for name in result.metrics]
+    for metric in config.evals.best:
+        if metric not in known:
+            raise InputError(f"evals.best={metric!r} is no metric of the tasks; {nearest(metric, known)}")
+
+
+def check_readable(config: Config, pattern: Patterns, found: dict) -> None:
+    """The share of samples whose headers cannot be read must not exceed `data.corrupt_share`."""
+    unreadable = found.get("unreadable", 0)
+    if unreadable > config.data.corrupt_share * found["clips"]:
+        raise InputError(
+            f"{unreadable} of the {found['clips']} samples of {pattern!r} cannot be read, more than "
+            f"data.corrupt_share={config.data.corrupt_share}; repair the shards or raise the share"
+        )
+
+
+def check_same_data(config: Config, pattern: Patterns, digest: str, begun: Path) -> None:
+    """A resumed run must find the samples it began with: their order is a function of all of them."""
+    before = checkpoints.read_state(begun)
+    if before.data != digest:
+        raise ForeignRun(
+            f"run={config.run} is at step {before.step} of other data than {pattern!r} holds now; put back the shards "
+            "it began with, or choose another run= and start from its weights with init_from="
+        )
 
 
 def check_run_directory(config: Config) -> None:
@@ -91,7 +143,7 @@ def _same_run(former: dict, config: Config) -> None:
     old, new = _flat(former), _flat(config.tree())
     for key in sorted(set(old) | set(new)):
         if old.get(key) != new.get(key) and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
-            raise InputError(
+            raise ForeignRun(
                 f"run={config.run} holds a run with {key}={old.get(key)!r}, now it is {new.get(key)!r}; "
                 "choose another run=, or start from its weights with init_from="
             )
@@ -104,7 +156,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def is_finished(config: Config) -> bool:
-    """The run has taken all its steps and its last checkpoint is whole."""
+def finished(config: Config) -> Path | None:
+    """The last checkpoint of a run that has taken all its steps, if it is whole."""
     folder, _ = checkpoints.find(config.run)
-    return folder is not None and folder.name == checkpoints.folder_name(config.train.steps)
+    return folder if folder is not None and folder.name == checkpoints.folder_name(config.train.steps) else None

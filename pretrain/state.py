@@ -38,6 +38,7 @@ class RunState:
         best: highest value of the metric that chooses the best checkpoint, or None.
         best_step: the step that reached it.
         seconds: time spent training, over all starts of the run.
+        data: digest of the training data's index: the order of the samples is a function of it.
     """
 
     step: int = 0
@@ -46,6 +47,7 @@ class RunState:
     best: float | None = None
     best_step: int | None = None
     seconds: float = 0.0
+    data: str = ""
 
 
 def folder_name(step: int) -> str:
@@ -108,7 +110,24 @@ def load_weights(folder: Path, module: nn.Module) -> None:
 def load_rest(folder: Path, engine: Engine) -> RunState:
     """Load the optimizer's state into the prepared engine; returns where the run was. All ranks."""
     engine.load_moments(load_file(folder / "optimizer.safetensors"))
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> RunState:
+    """Where the run was when it wrote the checkpoint `folder`."""
     return RunState(**json.loads((folder / "state.json").read_text()))
+
+
+def point(folder: Path) -> None:
+    """Let `latest` name this checkpoint and `best` the one that its state calls so. Main process.
+
+    Also done when a run starts again: it may have been killed between the checkpoint and its pointers.
+    """
+    root, state = folder.parent, read_state(folder)
+    _point(root / "latest", folder.name)
+    best = folder_name(state.best_step) if state.best_step is not None else folder.name
+    if (root / best).is_dir():
+        _point(root / "best", best)
 
 
 def _write(root: Path, weights: dict, moments: dict, description: dict, state: RunState, keep: int) -> None:
@@ -136,17 +155,15 @@ def _write(root: Path, weights: dict, moments: dict, description: dict, state: R
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     _flush(root)
-    _point(root / "latest", final.name)
-    if state.best_step in (None, state.step):
-        _point(root / "best", final.name)
-    _prune(root, keep)
+    point(final)
+    _prune(root, final, keep, state.best_step)
 
 
-def _prune(root: Path, keep: int) -> None:
-    best = (root / "best").read_text().strip()
-    folders = sorted(root.glob("step-*"))
+def _prune(root: Path, newest: Path, keep: int, best_step: int | None) -> None:
+    # later ones are damaged, or `newest` would not have been written: they do not count, and are overwritten in time
+    folders = [folder for folder in sorted(root.glob("step-*")) if folder.name <= newest.name]
     for folder in folders[:-keep]:
-        if folder.name != best:
+        if best_step is None or folder.name != folder_name(best_step):
             shutil.rmtree(folder)
     for leftover in root.glob(".step-*.partial"):
         shutil.rmtree(leftover)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from ..datasets.batch import Batch
 from ..modalities.model import FEATURES, MultimodalModel
 from ..objectives import Embeddings, Loss, Objective
+from ..objectives.geometry import term_conflicts
 from .engine import Engine
+
+CONFLICT = "conflict/"
 
 
 class TrainModule(nn.Module):
@@ -31,10 +34,15 @@ class TrainModule(nn.Module):
         objective.setup(model.names, model.dim, {name: tower.width for name, tower in model.towers.items()})
 
     def forward(
-        self, batch: Batch, z: Mapping[str, Tensor] | None = None, *, embed_only: bool = False
+        self,
+        batch: Batch,
+        z: Mapping[str, Tensor] | None = None,
+        *,
+        embed_only: bool = False,
+        conflicts: bool = False,
     ) -> dict[str, Tensor] | tuple[Loss, dict[str, Tensor]]:
         """What the objective sees of a batch (`embed_only`): its embeddings, and features if they are needed; or its
-        Loss and all that, computed here unless given."""
+        Loss and all that, computed here unless given. With `conflicts` among the loss's parts: those of its terms."""
         if z is None:
             device = next(iter(batch.present.values())).device.type
             with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
@@ -46,13 +54,16 @@ class TrainModule(nn.Module):
         loss = self.objective(
             Embeddings(vectors, batch.present, keys=batch.keys, bucket=batch.bucket, features=features)
         )
+        if conflicts:
+            found = term_conflicts(loss.terms, list(vectors.values()))
+            loss.parts.update({f"{CONFLICT}{name}": cosine for name, cosine in found.items()})
         # every tower takes part in every backward, also one whose modality the objective did not use this time
         idle = sum(x.sum() for x in z.values()) * 0.0
         return loss._replace(total=loss.total + idle), dict(z)
 
 
 def train_step(
-    engine: Engine, batch: Batch, chunk: int | None, seed: tuple[int, ...]
+    engine: Engine, batch: Batch, chunk: int | None, seed: tuple[int, ...], conflicts: bool = False
 ) -> tuple[Loss, dict[str, Tensor]]:
     """Accumulate the gradients of one batch. All ranks. Returns the loss and the embeddings, both detached from use.
 
@@ -61,16 +72,19 @@ def train_step(
             without gradient, the objective sees all embeddings and gives their gradients, then the towers run again
             chunk by chunk with those (GradCache), every random draw of the first pass replayed.
         seed: (run's seed, step, rank): every draw of this step is a function of it, so no generator need be saved.
+        conflicts: measure the conflicts of the loss's terms too: one more backward of the objective for each.
     """
+    # a part of a graph is walked then, which ZeRO-3's hooks do not bear
+    extra = {"conflicts": True} if conflicts and engine.stage < 3 else {}
     if chunk is None or chunk >= len(batch):
         seed_everything(*seed, 0)
         with engine.pass_(last=True):
-            loss, z = engine(batch)
+            loss, z = engine(batch, **extra)
             engine.backward(loss.total)
         return loss, z
     chunks = [batch.slice(start, start + chunk) for start in range(0, len(batch), chunk)]
     z = _embed_without_gradient(engine, chunks, seed)
-    loss = _objective_pass(engine, batch, z)
+    loss = _objective_pass(engine, batch, z, extra)
     for index, part in enumerate(chunks):
         seed_everything(*seed, index)
         last = index == len(chunks) - 1
@@ -93,14 +107,14 @@ def _embed_without_gradient(engine: Engine, chunks: list[Batch], seed: tuple[int
     return {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
 
 
-def _objective_pass(engine: Engine, batch: Batch, z: dict[str, Tensor]) -> Loss:
+def _objective_pass(engine: Engine, batch: Batch, z: dict[str, Tensor], extra: Mapping[str, bool]) -> Loss:
     """Loss of the cached embeddings; leaves d loss / d z in `z[...].grad` and accumulates the objective's own."""
     if not any(parameter.requires_grad for parameter in engine.module.objective.parameters()):
-        loss, _ = engine.module(batch, dict(z))  # nothing of the engine's takes part
+        loss, _ = engine.module(batch, dict(z), **extra)  # nothing of the engine's takes part
         loss.total.backward()
         return loss
-    with engine.pass_(last=False):
-        loss, _ = engine(batch, dict(z))  # ZeRO-3 puts its hooks into the dict that it is given
+    with engine.objective_pass():
+        loss, _ = engine(batch, dict(z), **extra)  # ZeRO-3 puts its hooks into the dict that it is given
         engine.backward(loss.total)
     return loss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import sys
 import time
 from importlib.metadata import version
@@ -16,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..datasets.batch import Batch
-from ..objectives.gather import gather_rows
-from ..objectives.geometry import geometry
+from ..objectives.gather import gather_rows, world_size
+from ..objectives.geometry import geometry, volume_histograms
 from .config import Config
 
+GEOMETRY_SAMPLES = 1024  # of the global batch; time grows with the square
 PACKAGES = ("trivium", "torch", "torchaudio", "accelerate", "deepspeed", "transformers", "timm", "webdataset", "av")
 
 
@@ -61,6 +63,8 @@ class Telemetry:
         if self.config.log.wandb:
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
             wandb = {"dir": str(self.config.run), "mode": mode, "name": self.config.name, "settings": {"silent": True}}
+            if self.main:  # a resumed run is the same run there too
+                wandb |= {"id": _kept_id(self.config.run / "wandb_id.txt"), "resume": "allow"}
             self.accelerator.init_trackers(self.config.log.project, self.config.tree(), {"wandb": wandb})
         if self.main:
             self._progress.start()
@@ -82,7 +86,8 @@ class Telemetry:
             return
         self._metrics.write(json.dumps(record) + "\n")
         if self.config.log.wandb:
-            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            shown = {k: _histogram(v) if isinstance(v, list) else v for k, v in record.items() if k != "step"}
+            self.accelerator.log(shown, step=record["step"])
         parts = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in record.items() if k.startswith("loss/"))
         wait = 100 * record["data_wait_seconds"] / max(record["step_seconds"], 1e-9)
         text = f"loss {record['loss']:.4f}  {parts}  {record['clips_per_second']:.0f} clips/s  data wait {wait:.0f} %"
@@ -100,6 +105,19 @@ class Telemetry:
             self._progress.stop()
             self._metrics.close()
             self._log.close()
+
+
+def _histogram(shares: list[float]):
+    import wandb
+
+    return wandb.Histogram(np_histogram=(shares, [i / len(shares) for i in range(len(shares) + 1)]))
+
+
+def _kept_id(path: Path) -> str:
+    """The name in the file, which is made up the first time."""
+    if not path.exists():
+        path.write_text(secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
 
 
 def environment(accelerator) -> dict:
@@ -133,12 +151,15 @@ def _forget_after(path: Path, step: int) -> None:
     scratch.replace(path)
 
 
-def batch_geometry(batch: Batch, z: dict[str, Tensor]) -> dict[str, float]:
-    """Geometry of the global batch's embeddings. All ranks (they gather), the same numbers on each."""
+def batch_geometry(batch: Batch, z: dict[str, Tensor]) -> dict[str, float | list[float]]:
+    """Geometry and volumes of (a sample of) the global batch's embeddings. All ranks, the same numbers on each."""
+    limit = -(-GEOMETRY_SAMPLES // world_size())
+    rows = torch.arange(min(len(batch), limit)) * len(batch) // min(len(batch), limit)
     with torch.no_grad():
-        vectors = {name: gather_rows(z[name].detach().float()) for name in batch.present}
-        valid = {name: gather_rows(present) for name, present in batch.present.items()}
-        return {f"geometry/{name}": value for name, value in geometry(vectors, valid).items()}
+        vectors = {name: gather_rows(z[name].detach()[rows].float()) for name in batch.present}  # all ranks
+        valid = {name: gather_rows(present[rows]) for name, present in batch.present.items()}  # all ranks
+        found = {f"geometry/{name}": value for name, value in geometry(vectors, valid).items()}
+        return found | {f"volumes/{name}": shares for name, shares in volume_histograms(vectors, valid).items()}
 
 
 class Clock:

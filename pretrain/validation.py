@@ -11,6 +11,7 @@ from ..datasets.batch import Batch
 from ..evals import harness
 from .config import Config
 from .engine import Engine
+from .health import append_skips
 from .state import RunState
 from .telemetry import Telemetry
 
@@ -32,6 +33,7 @@ class Validation:
         results = harness.evaluate(self._encode, self.batches, self.total, self.config.evals.tasks)  # all ranks
         if self.engine.accelerator.is_main_process:
             harness.append_history(self.config.run, state.step, "val", results)
+            append_skips(self.config.run / "skipped.jsonl", results.skipped, "val")
         for result in results:
             if result.error:
                 telemetry.say(f"evaluation {result.task} failed at step {state.step}: {result.error}")

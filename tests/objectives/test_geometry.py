@@ -3,11 +3,12 @@
 import math
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from trivium.objectives.geometry import geometry, holder_divergence
+from trivium.objectives.geometry import geometry, holder_divergence, term_conflicts, volume_histograms
 
 NAMES = ("text", "video", "audio")
 
@@ -74,6 +75,9 @@ def test_all_measures(missing, tau):
     for m in NAMES:
         there = [i for i in range(7) if valid[m][i]]
         exps = [math.exp(-2 * (z[m][i] - z[m][j]).square().sum().item()) for i, j in combinations(there, 2)]
+        values = np.linalg.svd(z[m][there].numpy(), compute_uv=False)
+        shares = [v / sum(values) for v in values]
+        expected[f"effective_rank/{m}"] = math.exp(-sum(p * math.log(p) for p in shares if p > 1e-12))
         expected[f"uniformity/{m}"] = math.log(sum(exps) / len(exps))
         expected[f"zeta/{m}"], expected[f"chi/{m}"] = slow_conflicts(z, valid, m, tau)
     for measure in ("zeta", "chi"):
@@ -139,10 +143,10 @@ def test_a_modality_that_nobody_has_is_left_out():
 
 
 def test_too_few_samples_for_a_measure():
-    assert geometry({"text": torch.eye(3)[:1]}) == {}
+    assert geometry({"text": torch.eye(3)[:1]}) == {"effective_rank/text": 1.0}
     valid = {"a": torch.tensor([True, False]), "b": torch.tensor([False, True])}
     got = geometry({"a": torch.eye(2), "b": torch.eye(2)}, valid)
-    assert set(got) == {"gap/a-b", "holder_divergence"}
+    assert set(got) == {"gap/a-b", "effective_rank/a", "effective_rank/b", "holder_divergence"}
 
 
 def test_the_limit_takes_evenly_spaced_samples_and_is_deterministic():
@@ -154,3 +158,36 @@ def test_the_limit_takes_evenly_spaced_samples_and_is_deterministic():
 def test_no_gradient_and_half_precision():
     z = {name: x.bfloat16().requires_grad_() for name, x in unit().items()}
     assert all(isinstance(value, float) and math.isfinite(value) for value in geometry(z).values())
+
+
+def test_effective_rank_of_known_spectra():
+    assert geometry({"text": torch.eye(4)})["effective_rank/text"] == pytest.approx(4)
+    assert geometry({"text": torch.eye(4)[[0, 0, 0]]})["effective_rank/text"] == pytest.approx(1)
+
+
+def test_volume_histograms_count_every_tuple_once():
+    z, valid = unit(), some_missing()
+    complete = [i for i in range(7) if all(valid[m][i] for m in NAMES)]
+    found = volume_histograms(z, valid, bins=5)
+    for name, pairs in {
+        "matched": [(i, i) for i in complete],
+        "unmatched": [(i, j) for i in complete for j in complete if i != j],
+    }.items():
+        counts = [0] * 5
+        for i, j in pairs:
+            tuple_ = torch.stack([z[NAMES[0]][i], *(z[m][j] for m in NAMES[1:])])
+            counts[int(torch.linalg.det(tuple_ @ tuple_.T).sqrt().item() * 5)] += 1
+        assert found[name] == pytest.approx([count / len(pairs) for count in counts])
+    assert volume_histograms({"text": z["text"]}) == {}
+
+
+def test_conflicts_of_terms_are_cosines_of_their_gradients():
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    terms = {"a": (x * y).sum(), "b": -2 * (x * y).sum(), "c": x.square().sum(), "constant": torch.ones(())}
+    found = term_conflicts(terms, [x, y])
+    assert set(found) == {"a-b", "a-c", "b-c"}
+    assert float(found["a-b"]) == pytest.approx(-1)
+    flat = torch.cat([y, x]).detach().flatten(), torch.cat([2 * x, 0 * x]).detach().flatten()
+    assert float(found["a-c"]) == pytest.approx(float(torch.cosine_similarity(*flat, dim=0)))
+    sum(terms.values()).backward()  # the graph is still there

@@ -15,7 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from trivium.pretrain import state as checkpoints
 from trivium.pretrain.cli import main
+from trivium.pretrain.engine import Engine
 
 ENVIRONMENT = {
     **os.environ,
@@ -107,7 +109,7 @@ def test_a_killed_run_goes_on_to_the_same_bit(world, overrides, recipe, tmp_path
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_every_engine_resumes_to_the_same_bit(zero, step, recipe, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = [f"distributed.zero={zero}", "data.workers=1"]
+    settings = [f"distributed.zero={zero}", "distributed.persist_below=0", "data.workers=1"]
     assert run(2, recipe, f"run={whole}", *settings).returncode == 0
     start_and_kill(2, recipe, killed, step, f"run={killed}", *settings)
     assert run(2, recipe, f"run={killed}", *settings).returncode == 0
@@ -116,6 +118,69 @@ def test_every_engine_resumes_to_the_same_bit(zero, step, recipe, tmp_path):
 
 def train(recipe: Path, *overrides: str) -> int:
     return main([str(recipe), *overrides])
+
+
+def die_while_saving(moment: str, step: int, recipe: Path) -> None:
+    """Train, and `kill -9` oneself while the checkpoint of `step` is being written."""
+    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    reached = lambda path: checkpoints.folder_name(step) in str(path)  # noqa: E731
+    if moment == "files":
+        flush = checkpoints._flush
+        checkpoints._flush = lambda path: kill() if reached(path) else flush(path)
+    elif moment == "rename":
+        point = checkpoints.point
+        checkpoints.point = lambda folder: kill() if reached(folder) else point(folder)
+    elif moment == "latest":
+        _point = checkpoints._point
+
+        def after_latest(path: Path, name: str) -> None:
+            _point(path, name)
+            if path.name == "latest" and reached(name):
+                kill()
+
+        checkpoints._point = after_latest
+    elif moment == "pointers":
+        prune = checkpoints._prune
+        checkpoints._prune = lambda root, newest, *rest: kill() if reached(newest) else prune(root, newest, *rest)
+    main([str(recipe)])
+
+
+@pytest.mark.parametrize("moment", ["files", "rename", "latest", "pointers"])
+@pytest.mark.parametrize("step", [3, 6])  # the first of the best ones; and the last
+def test_a_kill_inside_a_checkpoint_loses_nothing(moment, step, ranks, recipe, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "run"
+    assert in_process(ranks, recipe, f"run={whole}") == 0
+    with pytest.raises(Exception, match="status 9"):
+        ranks(1, die_while_saving, moment, step, recipe, timeout=240)
+    assert in_process(ranks, recipe) == 0
+    assert_same_run(whole, killed)
+    for pointer in ("latest", "best"):
+        names = {(folder / "checkpoints" / pointer).read_text() for folder in (whole, killed)}
+        assert len(names) == 1 and (killed / "checkpoints" / names.pop().strip()).is_dir()
+    assert not list((killed / "checkpoints").glob(".step-*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(ranks, recipe, tmp_path):
+    assert in_process(ranks, recipe, "train.steps=2") == 0
+    before = weights(tmp_path / "run")
+    with pytest.raises(Exception, match="the gradient of step 3 is not finite"):
+        ranks(1, spoil_a_gradient, recipe, tmp_path, timeout=240)
+    assert json.loads((tmp_path / "run" / "nonfinite.json").read_text())["step"] == 2
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def spoil_a_gradient(recipe: Path, tmp_path: Path) -> None:
+    """Go on for a third step, whose gradient, but not its loss, is not a number."""
+    (tmp_path / "run" / "config.yaml").unlink()  # the run was to have two steps
+    backward = Engine.backward
+
+    def spoilt(engine: Engine, loss: torch.Tensor) -> None:
+        backward(engine, loss)
+        next(iter(engine.names.values())).grad.fill_(float("nan"))
+
+    Engine.backward = spoilt
+    main([str(recipe), "train.steps=3"])
 
 
 def in_process(ranks, recipe: Path, *overrides: str) -> int:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trivium.evals.results import Result
+from trivium.evals.results import Result, Results
 from trivium.pretrain import validation
 from trivium.pretrain.config import load
 from trivium.pretrain.state import RunState
@@ -21,7 +21,9 @@ def judged(monkeypatch, tmp_path):
             module=SimpleNamespace(eval=lambda: None), accelerator=SimpleNamespace(is_main_process=False)
         )
         answers = iter(evaluations)
-        monkeypatch.setattr(validation.harness, "evaluate", lambda *_: [Result("retrieval", metrics=next(answers))])
+        monkeypatch.setattr(
+            validation.harness, "evaluate", lambda *_: Results([Result("retrieval", metrics=next(answers))])
+        )
         one = validation.Validation(config, engine, [], 0)
         return [one.run(state, SimpleNamespace(say=said.append)) for _ in evaluations], said
 
