@@ -28,7 +28,22 @@ def learning_curves(record: Record) -> list[Chart]:
     charts += [
         _chart(f"Geometry: {family.replace('_', ' ')}", _plain(record, keys)) for family, keys in families.items()
     ]
+    conflicts = {key: key.removeprefix("conflict/").replace(":", " and ") for key in record.keys("conflict/")}
+    charts.append(_chart("Conflict of the loss's terms, cosine of their gradients", _plain(record, conflicts)))
+    charts.append(_volumes(record))
     return [chart for chart in charts if chart]
+
+
+def _volumes(record: Record) -> Chart | None:
+    """How the volumes of tuples that belong together and of others were spread at the last step that logged them."""
+    spread = next((line for line in reversed(record.metrics) if "volumes/matched" in line), {})
+    series = []
+    for colour, name in enumerate(("matched", "unmatched")):
+        shares = spread.get(f"volumes/{name}", [])
+        middles = [(i + 0.5) / len(shares) for i in range(len(shares))]
+        series.append(Series(name, middles, [100 * share for share in shares], colour))
+    title = f"Volumes of tuples at step {spread.get('step')}, percent in each of {len(series[0].x)} bins"
+    return _chart(title, series, x_label="volume")
 
 
 def _objective(record: Record) -> dict[str, dict[str, str]]:

@@ -103,7 +103,7 @@ def volume_histograms(
 
 
 def term_conflicts(terms: Mapping[str, Tensor], vectors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Cosines between the gradients that the terms of a loss have at the embeddings, by `a-b`; -1 is open conflict.
+    """Cosines between the gradients that the terms of a loss have at the embeddings, by `a:b`; -1 is open conflict.
 
     All ranks: each holds the gradients at its own rows, of the global loss. The graph is kept for the backward pass.
 
@@ -122,7 +122,7 @@ def term_conflicts(terms: Mapping[str, Tensor], vectors: Sequence[Tensor]) -> di
     products = gather.all_sum(stacked @ stacked.T)
     norms = products.diagonal().sqrt().clamp_min(torch.finfo(products.dtype).tiny)
     cosines = products / norms[:, None] / norms
-    return {f"{a}-{b}": cosines[i, j] for (i, a), (j, b) in combinations(enumerate(moving), 2)}
+    return {f"{a}:{b}": cosines[i, j] for (i, a), (j, b) in combinations(enumerate(moving), 2)}
 
 
 def _chosen(z: Vectors, valid: Vectors | None, limit: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

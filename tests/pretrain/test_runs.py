@@ -15,6 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from trivium.datasets.media import CorruptSample
+from trivium.datasets.stream import Source
+from trivium.modalities.model import MultimodalModel
 from trivium.pretrain import state as checkpoints
 from trivium.pretrain.cli import main
 from trivium.pretrain.engine import Engine
@@ -209,20 +212,58 @@ def test_a_finished_run_is_not_redone_and_its_configuration_starts_the_same_run(
     assert len(list((first / "checkpoints").glob("step-*"))) <= 3  # keep 2, and the best
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(recipe, tmp_path):
+@pytest.mark.parametrize(
+    "launcher, to_the_group",
+    [
+        pytest.param([], True, id="one process, signal to the group"),
+        pytest.param(["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"], False, id="the launcher"),
+        pytest.param(
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+            False,
+            id="two ranks",
+            marks=pytest.mark.two_process,
+        ),
+    ],
+)
+def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(launcher, to_the_group, recipe, tmp_path):
     stopped = tmp_path / "run"
     settings = ["train.steps=400", "checkpoint.every=null", "evals.every=null", "data.workers=1"]
-    process = subprocess.Popen(command(1, recipe, *settings), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, *launcher, "-m", "trivium.pretrain", str(recipe), *settings]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=said, start_new_session=True)
     deadline = time.monotonic() + 240
     while not records(stopped):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()[-3000:]
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-3000:]
+    os.killpg(process.pid, signal.SIGTERM) if to_the_group else process.terminate()
+    process.wait(timeout=120)
+    while not (stopped / "exit.json").exists():  # a launcher may end before what it started
+        assert time.monotonic() < deadline, (tmp_path / "said").read_text()[-3000:]
+        time.sleep(0.02)
     assert json.loads((stopped / "exit.json").read_text())["outcome"] == "stopped"
     last = records(stopped)[-1]["step"]
     assert (stopped / "checkpoints" / "latest").read_text().strip() == f"step-{last:08d}" and last < 400
+
+
+@pytest.mark.two_process
+def test_what_one_rank_cannot_do_ends_all_with_its_message(ranks, digits, recipe, tmp_path):
+    """The second rank's half of the first batch is corrupt, and so is whatever is drawn in its place."""
+    with pytest.raises(Exception, match="exit code 2"):
+        ranks(2, train_with_a_bad_rank, recipe, timeout=240)
+    ending = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert ending["exit_code"] == 2 and "are all corrupt" in ending["error"]
+    assert (tmp_path / "run" / "log.txt").read_text().rstrip().endswith(f"error: {ending['error']}")
+
+
+def train_with_a_bad_rank(recipe: Path) -> None:
+    if os.environ["RANK"] == "1":
+
+        def broken(*_) -> None:
+            raise CorruptSample("made up")
+
+        Source.clip = broken
+    code = main([str(recipe), "distributed.zero=0", "data.workers=0"])
+    assert code == 0, f"exit code {code}"
 
 
 def test_a_damaged_checkpoint_is_passed_over(ranks, recipe, tmp_path):
@@ -253,8 +294,36 @@ def test_a_loss_that_is_not_finite_names_step_parts_and_samples(ranks, recipe, t
         in_process(ranks, recipe, "objective.temperature_range=[1e-42, 1.0]", "objective.temperature=1e-42")
     seen = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
     assert seen["step"] == 0 and len(seen["ranks"][0]["keys"]) == 16 and seen["ranks"][0]["parts"]
+    assert seen["ranks"][0]["vectors"] == {}
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["outcome"] == "failed"
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_a_vector_that_is_not_finite_is_named_by_modality_and_sample(ranks, recipe, tmp_path):
+    with pytest.raises(Exception, match=r"not finite \(loss=nan, audio-text=nan, .*the vectors: audio of '"):
+        ranks(1, train_with_a_broken_vector, recipe, timeout=240)
+    (rank,) = json.loads((tmp_path / "run" / "nonfinite.json").read_text())["ranks"]
+    assert rank["vectors"] == {"audio": [rank["keys"][3]]}
+
+
+def train_with_a_broken_vector(recipe: Path) -> None:
+    encode = MultimodalModel.encode
+
+    def broken(model, name, inputs):
+        z, features = encode(model, name, inputs)
+        row = torch.arange(len(z))[:, None] == 3
+        return (z.masked_fill(row, float("nan")) if name == "audio" else z), features
+
+    MultimodalModel.encode = broken
+    main([str(recipe)])
+
+
+def test_conflicts_of_the_terms_are_measured_now_and_then(ranks, recipe, tmp_path):
+    settings = ["train.steps=50", "log.conflicts=50", "log.every=20", "evals.every=null", "train.chunk=8"]
+    assert in_process(ranks, recipe, *settings) == 0
+    found = {record["step"]: {key for key in record if "conflict" in key} for record in records(tmp_path / "run")}
+    pairs = ("audio-text:audio-video", "audio-text:text-video", "audio-video:text-video")
+    assert found == {20: set(), 40: set(), 50: {f"conflict/{pair}" for pair in pairs}}
 
 
 def test_wandb_writes_offline(ranks, recipe, tmp_path):
