@@ -24,19 +24,39 @@ Inputs = dict[str, Tensor]
 Random = np.random.Generator | None
 
 
+class NoiseWords(NamedTuple):
+    """Words that do not belong: with `probability` one of them is put somewhere into a caption in training.
+
+    "Towards Bridging the Semantic Spaces of the One-to-Many Mapping in Cross-Modality Text-to-Video Generation",
+    appendix: p = 0.15, a word dictionary without the words of the data set's captions.
+    """
+
+    probability: float
+    words: tuple[str, ...]
+
+
+class Ways(NamedTuple):
+    """How samples are decoded; see `decode`."""
+
+    rng: Random = None
+    video_decoder: str = "pyav"
+    crop_area: float = 0.8
+    noise_words: NoiseWords | None = None
+
+
 class Decoder(NamedTuple):
     """How one kind of spec is made.
 
     Attributes:
         fields: the parts it is read from unless the recipe names others; the first that a sample has is used.
         flag: what the index must say of such a part for it to be worth reading.
-        read: the first part found (name and bytes), spec, generator, video decoder -> inputs, or None when it has none.
+        read: the first part found (name and bytes), spec, ways -> inputs, or None when it has none.
         empty: spec -> the inputs of a sample that lacks the modality.
     """
 
     fields: tuple[str, ...]
     flag: int
-    read: Callable[[str, bytes, Any, Random, str, float], Inputs | None]
+    read: Callable[[str, bytes, Any, Ways], Inputs | None]
     empty: Callable[[Any], Inputs]
 
 
@@ -48,6 +68,7 @@ def decode(
     rng: Random = None,
     video_decoder: str = "pyav",
     crop_area: float = 0.8,
+    noise_words: NoiseWords | None = None,
 ) -> Inputs | None:
     """The keyword arguments of a tower's forward for one sample, without the batch axis; None when it lacks them.
 
@@ -59,13 +80,14 @@ def decode(
             caption.
         video_decoder: "pyav" or "decord".
         crop_area: training keeps a random square of at least this share of the largest one; 1 keeps all of it.
+        noise_words: put into captions, with `rng` only.
 
     Raises CorruptSample when a part is there and broken.
     """
-    decoder = decoder_of(spec)
+    decoder, ways = decoder_of(spec), Ways(rng, video_decoder, crop_area, noise_words)
     for name in fields or decoder.fields:
         if name in parts:
-            inputs = decoder.read(name, parts[name], spec, rng, video_decoder, crop_area)
+            inputs = decoder.read(name, parts[name], spec, ways)
             if inputs is not None:
                 return inputs
     return None
@@ -95,13 +117,13 @@ def chunk_indices(count: int, chunks: int, rng: Random) -> list[int]:
     return (starts + offsets).tolist()
 
 
-def _read_frames(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str, crop_area: float) -> Inputs | None:
-    frames = VIDEO_DECODERS[video_decoder](data, lambda count: chunk_indices(count, spec.frames, rng))
+def _read_frames(name: str, data: bytes, spec: Any, ways: Ways) -> Inputs | None:
+    frames = VIDEO_DECODERS[ways.video_decoder](data, lambda count: chunk_indices(count, spec.frames, ways.rng))
     if frames is None:
         return None
     crop = None
-    if rng is not None and crop_area < 1:
-        crop = rng.uniform(crop_area, 1), *rng.uniform(size=2)
+    if ways.rng is not None and ways.crop_area < 1:
+        crop = ways.rng.uniform(ways.crop_area, 1), *ways.rng.uniform(size=2)
     return {"frames": torch.stack([_fit(frame, spec.size, crop) for frame in frames])}
 
 
@@ -132,7 +154,7 @@ def _empty_frames(spec: Any) -> Inputs:
 # -- filter banks -----------------------------------------------------------------------------------------------------
 
 
-def _read_fbank(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str, crop_area: float) -> Inputs | None:
+def _read_fbank(name: str, data: bytes, spec: Any, ways: Ways) -> Inputs | None:
     waveform = read_audio(data, spec.sample_rate_hz)
     if waveform is None or not len(waveform):
         return None
@@ -142,7 +164,7 @@ def _read_fbank(name: str, data: bytes, spec: Any, rng: Random, video_decoder: s
     frames = max(1, 1 + (len(samples) - window) // shift)
     samples = F.pad(samples, (0, max(0, window - len(samples))))
     fbank = torch.zeros(spec.clips, spec.length, spec.mel_bins)
-    for clip, (start, stop) in enumerate(_slices(frames, spec.clips, spec.length, rng)):
+    for clip, (start, stop) in enumerate(_slices(frames, spec.clips, spec.length, ways.rng)):
         if stop > start:  # frames are cut as samples: each frame depends on its own window alone
             piece = samples[start * shift : (stop - 1) * shift + window]
             fbank[clip, : stop - start] = (_log_mel(piece, spec, window, shift) - spec.mean) / (2 * spec.std)
@@ -192,11 +214,24 @@ def _empty_fbank(spec: Any) -> Inputs:
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def _read_tokens(name: str, data: bytes, spec: Any, rng: Random, video_decoder: str, crop_area: float) -> Inputs | None:
+def _read_tokens(name: str, data: bytes, spec: Any, ways: Ways) -> Inputs | None:
     captions = read_captions(name, data)
     if not captions:
         return None
-    return tokenize(captions[0 if rng is None else int(rng.integers(len(captions)))], spec)
+    caption = captions[0 if ways.rng is None else int(ways.rng.integers(len(captions)))]
+    if ways.rng is not None and ways.noise_words is not None:
+        caption = _with_noise(caption, ways.noise_words, ways.rng)
+    return tokenize(caption, spec)
+
+
+def _with_noise(caption: str, noise: NoiseWords, rng: np.random.Generator) -> str:
+    """The caption, with the noise's probability with one of its words between two of the caption's or at an end."""
+    chance, (word, place) = rng.random(), rng.random(2)  # always three draws, so that no choice shifts another
+    if chance >= noise.probability:
+        return caption
+    words = caption.split()
+    words.insert(int(place * (len(words) + 1)), noise.words[int(word * len(noise.words))])
+    return " ".join(words)
 
 
 def tokenize(text: str, spec: Any) -> Inputs:

@@ -30,7 +30,7 @@ from .tar import Part, walk
 
 log = logging.getLogger("trivium.datasets")
 
-VERSION = 1  # of the sidecar's columns
+VERSION = 2  # of the sidecar's columns
 NO_BUCKET = -1
 VIDEO, AUDIO, CAPTIONS, UNREADABLE = 1, 2, 4, 8  # flags of a part
 SUFFIX = ".index.npz"
@@ -127,6 +127,8 @@ class Index:
         start = os.getpid() * 7919 % len(shards)  # processes that build at once begin at different shards
         for shard in shards[start:] + shards[:start]:
             columns[shard] = _load(shard) or _build_and_keep(shard)
+        for column in columns.values():
+            column.pop("words")  # wanted by few and as large as the rest
         index = cls(shards, [columns[shard] for shard in shards])
         if not len(index):
             raise InputError(f"the shards of {pattern!r} hold no sample; write some, or name others")
@@ -177,6 +179,14 @@ class Index:
             if only is None or name in only:
                 parts[name] = _pread(file, int(self._part_offset[number]), int(self._part_size[number]))
         return parts
+
+    def words(self) -> frozenset[str]:
+        """All words of all captions, in lower case. Reads the sidecars again."""
+        found: set[str] = set()
+        for shard in self.shards:
+            columns = _load(shard) or build(shard)
+            found |= set(columns["words"].tobytes().decode().split())
+        return frozenset(found)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}  # every process opens its own
@@ -254,7 +264,7 @@ def _load(shard: str) -> dict[str, np.ndarray] | None:
             columns = dict(file)
         if not np.array_equal(columns.pop("stamp"), _stamp(shard)):
             return None
-        if set(columns) != {*PER_SAMPLE, *PER_PART, "keys", "extensions"}:
+        if set(columns) != {*PER_SAMPLE, *PER_PART, "keys", "extensions", "words"}:
             raise ValueError("other columns")
         return columns
     except FileNotFoundError:
@@ -292,11 +302,13 @@ def build(shard: str) -> dict[str, np.ndarray]:
     rows: dict[str, list] = {name: [] for name in (*PER_SAMPLE, *PER_PART)}
     extensions: dict[str, int] = {}
     keys = bytearray()
+    words: set[str] = set()
     with open(shard, "rb", buffering=0) as file:
         for key, offset, parts in walk(file, shard):
             facts = {"bucket": NO_BUCKET, "captions": 0, "frames": 0, "seconds": 0.0}
             for part in parts:
-                flags = _examine(part, _pread(file, part.offset, part.size), facts, f"{shard}, sample {key!r}")
+                data = _pread(file, part.offset, part.size)
+                flags = _examine(part, data, facts, words, f"{shard}, sample {key!r}")
                 number = extensions.setdefault(part.name, len(extensions))
                 for name, value in zip(PER_PART, (number, part.offset, part.size, flags), strict=True):
                     rows[name].append(value)
@@ -305,12 +317,18 @@ def build(shard: str) -> dict[str, np.ndarray]:
                 rows[name].append(value)
     kinds = {"frames": np.int32, "captions": np.int32, "seconds": np.float32, "part_flags": np.uint8}
     columns = {name: np.array(values, dtype=kinds.get(name, np.int64)) for name, values in rows.items()}
-    text = json.dumps(list(extensions)).encode()
-    return columns | {"keys": np.frombuffer(keys, np.uint8), "extensions": np.frombuffer(text, np.uint8)}
+    texts = {"extensions": json.dumps(list(extensions)), "words": " ".join(sorted(words))}
+    texts = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+    return columns | {"keys": np.frombuffer(keys, np.uint8)} | texts
 
 
-def _examine(part: Part, data: bytes, facts: dict[str, Any], where: str) -> int:
-    """The part's flags; what it tells about its sample goes into `facts`."""
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, punctuation left out."""
+    return re.findall(r"\w+", text.lower())
+
+
+def _examine(part: Part, data: bytes, facts: dict[str, Any], words: set[str], where: str) -> int:
+    """The part's flags; what it tells about its sample goes into `facts`, the words of its captions into `words`."""
     if part.name.rpartition(".")[2] in VIDEO_EXTENSIONS + AUDIO_EXTENSIONS:
         try:
             info = probe(data)
@@ -332,6 +350,7 @@ def _examine(part: Part, data: bytes, facts: dict[str, Any], where: str) -> int:
             rule = "is no whole number from 0 to 2**63 - 1; write the shard again"
             raise InputError(f"{where}: bucket {facts['bucket']!r} {rule}")
     facts["captions"] = max(facts["captions"], len(captions))
+    words.update(word for caption in captions for word in words_of(caption))
     return CAPTIONS * bool(captions)
 
 

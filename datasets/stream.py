@@ -19,11 +19,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .batch import Batch, Clip, Skip, collate
-from .decode import decode, decoder_of
+from .decode import NoiseWords, decode, decoder_of
 from .media import VIDEO_DECODERS, CorruptSample
 from .processes import DataWorkers, serve_workers
 from .registry import InputError, nearest
-from .shards import CAPTIONS, NO_BUCKET, UNREADABLE, Index, read_captions
+from .shards import CAPTIONS, NO_BUCKET, UNREADABLE, Index, read_captions, words_of
 
 ATTEMPTS = 8  # samples tried for one position before the run gives up
 PRELOAD = ["trivium.datasets.stream", "av", "tokenizers", "torchaudio.compliance.kaldi"]
@@ -73,8 +73,11 @@ class Source:
             spec's kind.
         decoder: video decoder, "pyav" or "decord".
         crop_area: training keeps a random square of at least this share of a frame's largest one; 1 does not crop.
+        noise_words: by modality that is text, words for its captions in training; those that occur in captions of the
+            source are left out.
 
-    Raises InputError for a pattern without shards, and for an unknown modality in `fields`, kind or decoder.
+    Raises InputError for a pattern without shards, for an unknown modality in `fields` or `noise_words`, kind or
+    decoder, and for noise words that all occur.
     """
 
     def __init__(
@@ -85,12 +88,14 @@ class Source:
         fields: Mapping[str, str | Sequence[str]] | None = None,
         decoder: str = "pyav",
         crop_area: float = 0.8,
+        noise_words: Mapping[str, NoiseWords] | None = None,
     ) -> None:
         if decoder not in VIDEO_DECODERS:
             raise InputError(f"no video decoder is called {decoder!r}; {nearest(decoder, VIDEO_DECODERS)}")
-        for name in fields or {}:
-            if name not in specs:
-                raise InputError(f"data.fields names the modality {name!r}; {nearest(name, specs)}")
+        for option, names in {"fields": fields or {}, "noise_words": noise_words or {}}.items():
+            for name in names:
+                if name not in specs:
+                    raise InputError(f"data.{option} names the modality {name!r}; {nearest(name, specs)}")
         self.pattern = pattern
         self.specs = dict(specs)
         self.decoder = decoder
@@ -99,6 +104,7 @@ class Source:
         self.fields = {name: named.get(name, decoder_of(spec).fields) for name, spec in self.specs.items()}
         self.empty = {name: decoder_of(spec).empty(spec) for name, spec in self.specs.items()}
         self.index = Index.open(pattern)
+        self.noise_words = {name: self._outside(name, noise) for name, noise in (noise_words or {}).items()}
         self.bucketed = bool((self.index.bucket != NO_BUCKET).any())
         texts = [self.fields[name] for name, spec in self.specs.items() if spec.kind == "tokens"]
         self._captions = texts[0] if texts else ("json", "txt")
@@ -106,6 +112,19 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def _outside(self, name: str, noise: NoiseWords) -> NoiseWords:
+        """The noise without the words that the source's captions have."""
+        if self.specs[name].kind != "tokens":
+            raise InputError(f"data.noise_words: {name!r} is no text but {self.specs[name].kind}; name a text modality")
+        known = self.index.words()
+        words = tuple(word for word in noise.words if not known.intersection(words_of(word)))
+        if not words:
+            raise InputError(
+                f"data.noise_words.{name}: all {len(noise.words)} words occur in captions of {self.pattern!r}; "
+                "give words that do not, such as a dictionary"
+            )
+        return noise._replace(words=words)
 
     def check(self) -> dict[str, int]:
         """By modality, how many samples have it, as their headers say; under "unreadable", if there are any, how many
@@ -156,7 +175,13 @@ class Source:
         for name, spec in self.specs.items():
             rng = None if seed is None else draw(seed, position, f"decode {name}")
             made = decode(
-                parts, spec, fields=self.fields[name], rng=rng, video_decoder=self.decoder, crop_area=self.crop_area
+                parts,
+                spec,
+                fields=self.fields[name],
+                rng=rng,
+                video_decoder=self.decoder,
+                crop_area=self.crop_area,
+                noise_words=self.noise_words.get(name),
             )
             if made is not None:
                 inputs[name] = made

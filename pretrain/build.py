@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..datasets.decode import NoiseWords
+from ..datasets.registry import InputError
 from ..datasets.stream import Source
 from ..evals.cli import checkpoint_folder
 from ..modalities.model import MultimodalModel
@@ -17,7 +19,22 @@ from .step import TrainModule, seed_everything
 def source_of(config: Config, model: MultimodalModel, pattern: Patterns) -> Source:
     """The clips that `pattern` names, to be decoded as the model's towers want them."""
     data = config.data
-    return Source(pattern, model.specs, fields=data.fields, decoder=data.decoder, crop_area=data.crop_area)
+    noise = {name: NoiseWords(noise.probability, _words(name, noise.words)) for name, noise in data.noise_words.items()}
+    options = {"fields": data.fields, "decoder": data.decoder, "crop_area": data.crop_area}
+    return Source(pattern, model.specs, noise_words=noise, **options)
+
+
+def _words(name: str, words: str | list[str]) -> tuple[str, ...]:
+    """The words of a list, or of a file with one a line."""
+    if isinstance(words, list):
+        return tuple(words)
+    try:
+        lines = Path(words).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"data.noise_words.{name}.words={words!r} cannot be read ({error}); name a text file with a word a line"
+        ) from None
+    return tuple(word for line in lines if (word := line.strip()))
 
 
 def build_module(config: Config, folder: Path | None, messages: list[str]) -> TrainModule:

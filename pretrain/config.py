@@ -45,6 +45,13 @@ NamedOption = Annotated[Named, BeforeValidator(_named)]
 Patterns = str | list[str]
 
 
+class NoiseWords(Section):
+    words: str | list[str] = Field(
+        description="a file with a word a line, or the words; those of the captions are left out"
+    )
+    probability: float = Field(0.15, gt=0, le=1, description="that a caption gets one of them")
+
+
 class Data(Section):
     train: Patterns = Field(description="shards to train on: path, glob or {000..012} range, or a list of them")
     val: Patterns | None = Field(None, description="shards of the periodic evaluation; chooses the best checkpoint")
@@ -55,6 +62,9 @@ class Data(Section):
     decoder: str = Field("pyav", description="video decoder: pyav (planned decode) or decord")
     crop_area: float = Field(
         0.8, gt=0, le=1, description="training crops frames to a random square of at least this share; 1 does not crop"
+    )
+    noise_words: dict[str, NoiseWords] = Field(
+        {}, description="by text modality, words put into its captions in training (bucket loss; see the paper)"
     )
     workers: int = Field(2, ge=0, description="decoding processes per rank; 0 decodes in the training process")
     corrupt_share: float = Field(

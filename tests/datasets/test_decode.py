@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchaudio.compliance import kaldi
 
-from trivium.datasets.decode import chunk_indices, decode, decoder_of
+from trivium.datasets.decode import NoiseWords, _with_noise, chunk_indices, decode, decoder_of
 from trivium.datasets.media import CorruptSample, read_audio, read_frames
 from trivium.datasets.registry import InputError
 from trivium.modalities import FbankSpec, FrameSpec, TokenSpec
@@ -309,3 +309,23 @@ def test_a_crop_of_everything_is_no_crop(encode):
     drawn = decode(mp4, frames_spec(16, 48), rng=np.random.default_rng(3), crop_area=1.0)["frames"]
     assert torch.equal(whole, drawn)
     assert not torch.equal(whole, decode(mp4, frames_spec(16, 48), rng=np.random.default_rng(3))["frames"])
+
+
+def test_noise_words_come_as_often_as_asked_and_anywhere(tokens):
+    noise = NoiseWords(0.3, ("zebra", "quagga"))
+    plain = decode({"txt": b"a b c"}, tokens)["ids"].tolist()
+    drawn = [
+        decode({"txt": b"a b c"}, tokens, rng=np.random.default_rng(seed), noise_words=noise)["ids"].tolist()
+        for seed in range(400)
+    ]
+    changed = [ids for ids in drawn if ids != plain]
+    assert 0.22 < len(changed) / len(drawn) < 0.38
+    assert decode({"txt": b"a b c"}, tokens, noise_words=noise)["ids"].tolist() == plain, "not in evaluation"
+    again = decode({"txt": b"a b c"}, tokens, rng=np.random.default_rng(0), noise_words=noise)["ids"].tolist()
+    assert again == drawn[0]
+
+
+def test_a_noise_word_leaves_the_caption_in_its_order():
+    noise = NoiseWords(1.0, ("x", "y"))
+    texts = {_with_noise("a b", noise, np.random.default_rng(seed)) for seed in range(60)}
+    assert texts == {"x a b", "a x b", "a b x", "y a b", "a y b", "a b y"}

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from trivium.datasets.batch import Batch
+from trivium.datasets.decode import NoiseWords
 from trivium.datasets.registry import InputError
 from trivium.datasets.shards import Index, write_shards
 from trivium.datasets.stream import ATTEMPTS, Plan, Source, draw, eval_batches, train_batches
@@ -541,3 +542,18 @@ if __name__ == "__main__":
     run = start(script)
     output, errors = run.communicate(timeout=60)
     assert output.split() == [str(-signal.SIGTERM)], errors
+
+
+def test_noise_words_are_those_that_no_caption_has(tmp_path, good, specs):
+    shards = write(tmp_path, good)
+    known = next(iter(Source(shards, specs).index.words()))
+    source = Source(shards, specs, noise_words={"text": NoiseWords(0.5, (known, known.upper(), "quagga"))})
+    assert source.noise_words["text"].words == ("quagga",)
+    with pytest.raises(InputError, match=r"data\.noise_words\.text: all 1 words occur"):
+        Source(shards, specs, noise_words={"text": NoiseWords(0.5, (known,))})
+    with pytest.raises(InputError, match="'video' is no text but frames"):
+        Source(shards, specs, noise_words={"video": NoiseWords(0.5, ("quagga",))})
+    plain, noisy = (Source(shards, specs, noise_words=n) for n in (None, {"text": NoiseWords(1.0, ("quagga",))}))
+    for a, b in zip(train(plain), train(noisy), strict=True):
+        assert not torch.equal(a.inputs["text"]["ids"], b.inputs["text"]["ids"])
+        assert torch.equal(a.inputs["video"]["frames"], b.inputs["video"]["frames"]) and a.captions == b.captions
