@@ -109,6 +109,56 @@ def check(
     print(card(found))
 
 
+doctor = typer.Typer(
+    help="Check what must hold on any machine for your recipe on yours.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(doctor, name="doctor")
+
+
+@doctor.command("grad")
+def doctor_grad(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the recipe.")] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes.  [default: one per GPU if there are several, else 2 on the CPU]"),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, help="Clips of the joined batch.  [default: 12 or more, at most the recipe's]")
+    ] = None,
+    zero: Annotated[str, typer.Option(metavar="STAGES", help="ZeRO stages to try; 0 is plain DDP.")] = "0,1,2,3",
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Clips per pass with cached embeddings.  [default: half of a rank's]")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="What counts as equal: share of the largest gradient.")
+    ] = 1e-5,
+    timeout_minutes: Annotated[float, typer.Option(min=0, help="Until the ranks are ended.")] = 30,
+) -> None:
+    """Compare the gradients of several ranks with those of one process on the joined batch.
+
+    One step of your recipe on your data, under DDP and every ZeRO stage, plain and by cached embeddings, with fp32
+    towers and dropout off. Exit code 0 if all are equal, 1 if not, 2 for a mistake in the recipe or the options.
+
+    \b
+    Example:
+        trivium doctor grad demo objective=gram --ranks 2
+    """
+    from .doctor import check_gradients
+
+    code = check_gradients(
+        recipe,
+        overrides or [],
+        ranks=ranks,
+        batch_size=batch_size,
+        zero=zero,
+        chunk=chunk,
+        tolerance=tolerance,
+        timeout_minutes=timeout_minutes,
+    )
+    raise typer.Exit(code)
+
+
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this recipe instead of the list.")] = None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -268,7 +268,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # a key with a typo is also one that is missing: the first says more
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"]]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
@@ -276,16 +277,25 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"the recipe lacks {where!r}; add it, or start from one of: {', '.join(recipes())}"
     message = first["msg"].removeprefix("Value error, ")
-    meaning = describe().get(".".join("NAME" if part.isdigit() else part for part in path), "see --help")
+    meaning = describe().get(_described(path), "see --help")
     return f"{where}={first['input']!r}: {message}; {where} is: {meaning}"
 
 
 def _keys(path: list[str]) -> list[str]:
     """The options of the section at `path`."""
-    if path[:1] == ["modalities"] and len(path) > 1:
-        path = ["modalities", "NAME", *path[2:]]
-    prefix = "".join(f"{part}." for part in path)
+    prefix = f"{_described(path)}." if path else ""
     return sorted({key[len(prefix) :].split(".")[0] for key in describe() if key.startswith(prefix)})
+
+
+def _described(path: list[str]) -> str:
+    """The name under which `describe` knows an option: NAME for a key of the user's own, N for a place in a list."""
+    known, prefix = describe(), ""
+    for part in path:
+        spelled = next(
+            (p for p in (part, "NAME", "N") if any(f"{key}.".startswith(f"{prefix}{p}.") for key in known)), part
+        )
+        prefix += f"{spelled}."
+    return prefix.removesuffix(".")
 
 
 def describe(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
@@ -300,5 +310,5 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, s
             lines |= describe(kind, f"{prefix}{key}.")
         for part in get_args(kind):  # of a list or of a dict of sections
             if isinstance(part, type) and issubclass(part, Section):
-                lines |= describe(part, f"{prefix}{key}.NAME.")
+                lines |= describe(part, f"{prefix}{key}.{'N' if get_origin(kind) is list else 'NAME'}.")
     return lines
