@@ -14,7 +14,7 @@ def listing(registry: Registry) -> str:
 
 
 def page(registry: Registry, name: str) -> str:
-    """Everything about one entry: its options with types and defaults, its docstring, where it is written.
+    """Everything about one entry: what it needs, its options with types and defaults, its docstring, where it is.
 
     Raises InputError, naming the nearest, when there is no entry called `name`.
     """
@@ -24,7 +24,10 @@ def page(registry: Registry, name: str) -> str:
         for key, parameter in registry.parameters(name).items()
     ]
     table = columns([(f"  {key}", kind) for key, kind in options]) if options else "  none"
-    return f"{registry.kind} {name} ({cls.__module__})\n\noptions:\n{table}\n\n{_doc(cls)}"
+    facts = [("needs", ", ".join(sorted(getattr(cls, "needs", ())))), ("memory", getattr(cls, "memory", ""))]
+    lines = columns([(f"{key}:", text) for key, text in facts if text])
+    head = f"{registry.kind} {name} ({cls.__module__})" + (f"\n{lines}" if lines else "")
+    return f"{head}\n\noptions:\n{table}\n\n{_doc(cls)}"
 
 
 def card(facts: dict[str, Any]) -> str:

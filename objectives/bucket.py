@@ -34,6 +34,7 @@ class Bucket(Objective):
     """
 
     needs = frozenset({"bucket"})
+    memory = "O((n + buckets) D): sums over buckets in place of pairs"
 
     def __init__(
         self,

@@ -19,6 +19,8 @@ from .options import share
 class _Predictive(Objective):
     """What BYOL and SimSiam share: p^m = predictor_m(projector_m(z^m)) meets a target that is held constant."""
 
+    memory = "O(n W), W the widest layer of projector and predictor"
+
     def __init__(self, hidden: int, width: int, predictor_hidden: int) -> None:
         super().__init__()
         for name, value in {"hidden": hidden, "width": width, "predictor_hidden": predictor_hidden}.items():

@@ -147,9 +147,11 @@ class Objective(nn.Module):
     Attributes:
         needs: what it wants beyond unit vectors: "bucket" (every sample has a bucket id), "features" (of the towers,
             before the heads).
+        memory: how its memory on one rank grows beyond that of the gathered vectors: n rows, N in all, D dimensions.
     """
 
     needs: frozenset[str] = frozenset()
+    memory: str
 
     def check(self, names: tuple[str, ...]) -> None:
         """Raise InputError where the options do not fit a model with these modalities. Called before the first step."""

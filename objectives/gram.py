@@ -25,7 +25,7 @@ from .embeddings import Embeddings, Loss, Objective, split_anchor
 from .matching import checked_smoothing, match_both_ways
 from .precision import full_precision
 from .temperature import Temperature
-from .tiled import Inputs
+from .tiled import TILED_MEMORY, Inputs
 
 # In shapes: n anchors (rows), N tuples (columns) of K members, M = K + 1 vectors, width D, tiles of t by u
 EPSILON = 1e-24  # smallest V² under the root, whose slope at 0 is infinite
@@ -55,6 +55,8 @@ class Gram(Objective):
         tile: side of the score tiles in memory, by default 512 on a CPU and 4096 on a GPU; the loss does not depend on
             it.
     """
+
+    memory = TILED_MEMORY
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from ..datasets.registry import InputError, nearest
 from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
 from .options import positive
-from .tiled import marginals
+from .tiled import TILED_MEMORY, marginals
 from .unialign import euclidean_score
 
 
@@ -37,6 +37,8 @@ class Holder(Objective):
         tile: side of the score tiles in memory, by default 512 on a CPU and 4096 on a GPU; the loss does not depend on
             it.
     """
+
+    memory = TILED_MEMORY
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from .embeddings import Embeddings, Loss, Objective, split_anchor
 from .matching import checked_smoothing, match_both_ways
 from .options import positive
 from .temperature import Temperature
+from .tiled import TILED_MEMORY
 
 
 @register("infonce")
@@ -36,6 +37,8 @@ class InfoNCE(Objective):
         tile: side of the score tiles in memory, by default 512 on a CPU and 4096 on a GPU; the loss does not depend on
             it.
     """
+
+    memory = TILED_MEMORY
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from . import register
 from .embeddings import Embeddings, Loss, Objective
 from .infonce import pair_weights
 from .temperature import Temperature
-from .tiled import Inputs, marginals
+from .tiled import TILED_MEMORY, Inputs, marginals
 
 
 @register("siglip")
@@ -33,6 +33,8 @@ class SigLIP(Objective):
         tile: side of the score tiles in memory, by default 512 on a CPU and 4096 on a GPU; the loss does not depend on
             it.
     """
+
+    memory = TILED_MEMORY
 
     def __init__(
         self,

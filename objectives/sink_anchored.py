@@ -51,6 +51,7 @@ class SinkAnchored(Objective):
     """
 
     needs = frozenset({"features"})
+    memory = "O((n + queue / ranks) K) a set of anchors, times K for the graded design; queues of their own"
 
     def __init__(
         self,

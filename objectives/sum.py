@@ -25,6 +25,8 @@ class Sum(Objective):
             occurs a second time is called `name_2`.
     """
 
+    memory = "that of its terms together"
+
     def __init__(self, *, terms: Sequence[Mapping[str, Any]]) -> None:
         super().__init__()
         if not terms:

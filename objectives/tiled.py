@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from . import gather
 from .precision import full_precision
 
+TILED_MEMORY = "O(tile² + N D): score tiles, computed again in the backward pass"
 Inputs = tuple[Tensor, ...]
 Score = Callable[[Inputs, Inputs, Inputs], Tensor]
 

@@ -13,7 +13,7 @@ from . import register
 from .embeddings import Embeddings, Loss, Objective, split_anchor
 from .gram import gram_volume
 from .options import not_negative, positive
-from .tiled import Inputs, marginals
+from .tiled import TILED_MEMORY, Inputs, marginals
 
 
 @register("unialign")
@@ -46,6 +46,8 @@ class UniAlign(Objective):
         tile: side of the score tiles in memory, by default 512 on a CPU and 4096 on a GPU; the loss does not depend on
             it.
     """
+
+    memory = TILED_MEMORY
 
     def __init__(
         self,

@@ -37,6 +37,8 @@ class VICReg(Objective):
         expander: output widths of the expander's layers; an empty list compares the unit vectors times sqrt(D).
     """
 
+    memory = "O(n W + W²), W the widest layer of the expander"
+
     def __init__(
         self,
         *,

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 def help_text() -> str:
     lines = [USAGE.format(names=", ".join(recipes()))]
     for key, meaning in describe().items():
-        lines.append(textwrap.fill(f"  {key:<28} {meaning}", 118, subsequent_indent=" " * 31))
+        lines.append(textwrap.fill(f"  {key:<34} {meaning}", 118, subsequent_indent=" " * 37))
     return "\n".join(lines)
 
 

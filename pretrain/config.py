@@ -303,7 +303,9 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, s
     lines: dict[str, str] = {}
     for key, field in section.model_fields.items():
         silent = field.is_required() or isinstance(field.default, (BaseModel, list))
-        default = "" if silent else f" [{yaml.safe_dump(field.default).splitlines()[0]}]"  # as a recipe spells it
+        default = (
+            "" if silent else f" [{yaml.safe_dump(field.default, default_flow_style=True).splitlines()[0]}]"
+        )  # as a recipe spells it
         lines[prefix + key] = f"{field.description}{default}"
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
