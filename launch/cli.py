@@ -121,7 +121,7 @@ def doctor_grad(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the recipe.")] = None,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes.  [default: one per GPU if there are several, else 2 on the CPU]"),
+        typer.Option(min=1, help="Processes.  [default: one for each of several GPUs, else 2 on the CPU]"),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=2, help="Clips of the joined batch.  [default: 12 or more, at most the recipe's]")
@@ -131,14 +131,17 @@ def doctor_grad(
         int | None, typer.Option(min=1, help="Clips per pass with cached embeddings.  [default: half of a rank's]")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="What counts as equal: share of the largest gradient.")
+        float, typer.Option(min=0, help="Largest share of the largest gradient that counts as equal.")
     ] = 1e-5,
-    timeout_minutes: Annotated[float, typer.Option(min=0, help="Until the ranks are ended.")] = 30,
+    timeout_minutes: Annotated[float, typer.Option(min=0.01, help="After which the ranks are ended.")] = 30,
 ) -> None:
     """Compare the gradients of several ranks with those of one process on the joined batch.
 
-    One step of your recipe on your data, under DDP and every ZeRO stage, plain and by cached embeddings, with fp32
-    towers and dropout off. Exit code 0 if all are equal, 1 if not, 2 for a mistake in the recipe or the options.
+    One step of your recipe on your data at its first weights, under DDP and every ZeRO stage, plain and by cached
+    embeddings, with fp32 towers and dropout off; the run directory is left alone. ZeRO-3 keeps parameters below
+    distributed.persist_below whole: set it to 0 to see it gather a small model's too.
+
+    Exit code 0 if all gradients are equal, 1 if not, 2 for a mistake in the recipe or the options.
 
     \b
     Example:
