@@ -120,7 +120,7 @@ class Registry:
         return {
             key: parameter.replace(annotation=hints.get(key, Any))
             for key, parameter in inspect.signature(cls.__init__).parameters.items()
-            if key != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+            if key != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         }
 
     def _discover(self) -> None:

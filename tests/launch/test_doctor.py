@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from trivium.datasets.registry import InputError
-from trivium.launch import doctor
+from trivium.launch import doctor, gradients
 from trivium.launch.cli import main
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "pretrain" / "conftest.py")
@@ -139,7 +139,7 @@ def test_the_clips_of_a_pass() -> None:
 
 def test_dropout_is_off_and_batch_norm_is_seen() -> None:
     module = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4), torch.nn.LayerNorm(4))
-    doctor.turn_dropout_off(module)
+    gradients.turn_dropout_off(module)
     assert [part.training for part in module] == [False, True, False]
 
 
@@ -153,17 +153,17 @@ def test_help_imports_nothing_heavy() -> None:
     assert "\n      trivium doctor grad " in done.stdout
 
 
-def gradients() -> dict[str, torch.Tensor]:
+def expected_gradients() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     names = ["model.towers.text.a", "model.towers.text.b", "model.towers.video.a", "model.heads.text.weight"]
     found = {name: torch.randn(3, 4, generator=generator) for name in names}
     return found | {"objective.temperature.log_scale": torch.tensor([1000.0])}
 
 
-def altered(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, doctor.Agreement]:
-    expected = gradients()
+def altered(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, gradients.Agreement]:
+    expected = expected_gradients()
     found = expected | {name: change(expected[name])}
-    return {one.part: one for one in doctor.compare(expected, found)}
+    return {one.part: one for one in gradients.compare(expected, found)}
 
 
 def test_equal_gradients_agree() -> None:
@@ -175,8 +175,8 @@ def test_equal_gradients_agree() -> None:
 
 
 def test_an_altered_gradient_is_found_in_its_part_alone() -> None:
-    largest = max(float(x.abs().max()) for name, x in gradients().items() if name.startswith("model"))
-    video = float(gradients()["model.towers.video.a"].abs().max())
+    largest = max(float(x.abs().max()) for name, x in expected_gradients().items() if name.startswith("model"))
+    video = float(expected_gradients()["model.towers.video.a"].abs().max())
     found = altered("model.towers.video.a", lambda x: x / 2)
     # of the towers' largest gradient: the temperature's, much larger, makes no room for it
     assert found["tower video"].difference == pytest.approx(video / 2 / largest)
@@ -196,7 +196,7 @@ def test_a_gradient_that_is_no_number_differs(bad: float, capsys: pytest.Capture
         return x.flatten().index_fill(0, torch.tensor([2]), bad).view_as(x)
 
     report = doctor.Report(["text", "video"], 1e-5)
-    report.add([doctor.Row(None, None, doctor.compare_losses(1.0, 1.0))])
+    report.add([doctor.Row(None, None, gradients.compare_losses(1.0, 1.0))])
     report.add([doctor.Row(3, 4, one) for one in altered("model.towers.text.a", spoil).values()])
     assert report.conclude() == 1
     assert "error: 1 of 4 rows differ; worst ZeRO-3, cached, tower text: " in capsys.readouterr().out
@@ -208,11 +208,11 @@ def test_the_truth_is_float32_where_there_is_no_float64(monkeypatch: pytest.Monk
             raise RuntimeError("expected scalar type Float but found Double")
         return 1.0, {"dtype": dtype}
 
-    monkeypatch.setattr(doctor, "one_process", one_process)
+    monkeypatch.setattr(gradients, "one_process", one_process)
     unknown: set[torch.dtype] = set()
-    assert [one["dtype"] for _, one in doctor.references(None, None)] == [torch.float64, torch.float32]
+    assert [one["dtype"] for _, one in gradients.references(None, None)] == [torch.float64, torch.float32]
     unknown = {torch.float64}
-    assert [one["dtype"] for _, one in doctor.references(None, None)] == [torch.float32, torch.float32]
+    assert [one["dtype"] for _, one in gradients.references(None, None)] == [torch.float32, torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -220,8 +220,8 @@ def test_the_truth_is_float32_where_there_is_no_float64(monkeypatch: pytest.Monk
 )
 def test_what_one_process_rounds_is_no_difference(rounding: float, difference: float, code: int, capsys) -> None:
     report = doctor.Report(["text"], 1e-5)
-    report.add([doctor.Row(None, None, doctor.Agreement("tower text", 1, rounding))])
-    report.add([doctor.Row(0, None, doctor.Agreement("tower text", 1, difference))])
+    report.add([doctor.Row(None, None, gradients.Agreement("tower text", 1, rounding))])
+    report.add([doctor.Row(0, None, gradients.Agreement("tower text", 1, difference))])
     assert report.conclude() == code
     said = capsys.readouterr().out
     assert ("in float32 is off by" in said, "does not compute in float64" in said) == (rounding > 0, rounding == 0)
@@ -245,9 +245,10 @@ def ending_as(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str]
 
     def run(ending: str, seconds: float = 30.0) -> list:
         script = (
-            "import os, sys, time\nfrom trivium.launch import doctor\nfrom trivium.launch.doctor import InputError\n"
+            "import os, sys, time\nfrom trivium.launch import gradients\n"
+            "from trivium.launch.gradients import InputError\n"
             f"def be_rank(folder):\n    rank = int(os.environ['RANK'])\n    {ENDINGS[ending]}\n"
-            "doctor.be_rank = be_rank\ndoctor.main()\n"
+            "gradients.be_rank = be_rank\ngradients.main()\n"
         )
         monkeypatch.setattr(doctor, "rank_command", lambda folder: [sys.executable, "-c", script, str(folder)])
         monkeypatch.setattr(doctor, "GRACE_SECONDS", 0.5)
@@ -257,7 +258,7 @@ def ending_as(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str]
 
 
 def test_what_a_rank_found_is_handed_on(ending_as: Callable[..., list]) -> None:
-    assert ending_as("finds") == [[doctor.Row(1, None, doctor.Agreement("loss", 1, 0.5))]]
+    assert ending_as("finds") == [[doctor.Row(1, None, gradients.Agreement("loss", 1, 0.5))]]
 
 
 @pytest.mark.parametrize(
@@ -290,8 +291,8 @@ def test_ranks_that_hang_are_ended(ending_as: Callable[..., list], tmp_path: Pat
 def test_a_rank_ends_with_the_command(tmp_path: Path) -> None:
     script = (
         "import subprocess, sys, time\n"
-        "rank = subprocess.Popen([sys.executable, '-c', 'import time; from trivium.launch import doctor; "
-        "doctor._end_with_the_command(); print(1, flush=True); time.sleep(60)'])\n"
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; from trivium.launch import gradients; "
+        "gradients._end_with_the_command(); print(1, flush=True); time.sleep(60)'])\n"
         "time.sleep(60)"
     )
     command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
