@@ -32,9 +32,8 @@ MISSING = {
 }
 ENGINES = {"ddp64": (0, "float64"), "ddp": (0, "float32")} | {f"zero{k}": (k, "float32") for k in (1, 2, 3)}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}  # of the largest gradient
-CASES = {
+CASES = {  # by objective, other options than the defaults; whatever is not listed is tested with those
     "infonce": [{}, {"anchor": "video", "label_smoothing": 0.1, "tile": 5}],
-    "siglip": [{}],
     "gram": [{}, {"compat": "gram", "anchor": "audio"}],
     "unialign": [{"tau": 0.2}, {"geometry": "geodesic", "detach_anchor": True, "centroid": False, "tile": 5}],
     "holder": [{"tau": 0.5}, {"taus": {"audio": 0.1}, "leave_one_out": True, "average_anchors": True}],
@@ -48,7 +47,7 @@ CASES = {
     ],
     "sum": [{"terms": [{"name": "infonce"}, {"name": "sink_anchored", "anchors": 4, "chosen": 2, "weight": 0.5}]}],
 }
-EVERY_CASE = [(name, options) for name, several in CASES.items() for options in several]
+EVERY_CASE = [(name, options) for name in names() for options in CASES.get(name, [{}])]
 
 
 def modalities(folder: str, dropout: float = 0.0) -> dict:
@@ -227,7 +226,7 @@ def quick_rows() -> list[tuple[str, int, str, bool]]:
 
 
 def test_every_registered_objective_is_tested():
-    assert set(CASES) == set(names())
+    assert {name for name, _ in EVERY_CASE} == set(names()) and set(CASES) <= set(names())
 
 
 def test_any_two_values_meet_in_the_quick_rows():
