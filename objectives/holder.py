@@ -101,6 +101,7 @@ class Holder(Objective):
             column_mask=z.columns_valid(of),
             own=own,
             rows_only=True,
+            symmetric_at=z.start if at == of else None,
             tile=self.tile,
         )
         neighbours = z.count(z.valid[of]) - int(own is not None)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from ..datasets.registry import InputError
+
+
+def finite(remedy: str, **values: float) -> None:
+    """InputError unless each of the named values is finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise InputError(f"{name}={value} is not finite; {remedy}")
 
 
 def positive(remedy: str, **values: float) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from . import register
 from .embeddings import Embeddings, Loss, Objective
 from .infonce import pair_weights
+from .options import finite
 from .temperature import Temperature
 from .tiled import TILED_MEMORY, Inputs, marginals
 
@@ -48,6 +49,7 @@ class SigLIP(Objective):
         tile: int | None = None,
     ) -> None:
         super().__init__()
+        finite("the paper takes -10", bias=bias)
         self.temperature = Temperature(temperature, learnable=learnable_temperature, bounds=temperature_range)
         start = torch.tensor([float(bias)])
         self.bias = nn.Parameter(start) if learnable_temperature else None

@@ -213,14 +213,15 @@ def multi_sinkhorn_knopp(
     """
     rows = valid.to(scores.dtype)[None, :, None]
     weights = scores.new_tensor([channel[0] for channel in channels])[:, None, None]
-    total = all_sum(valid.sum()).to(scores.dtype).clamp_min(1)
     # a sample's largest score is taken off against overflow: the first step divides by what that changes, as it does by
     # the overall sum that the published code divides by before
     shares = (weights * (scores - scores.amax(1, keepdim=True)) / epsilon).exp_().mul_(rows)
     tiny = torch.finfo(scores.dtype).tiny
     for _ in range(iterations):  # in place: with a channel for each anchor this is the largest tensor of the step
         shares.div_(shares.sum(2, keepdim=True).clamp_min_(tiny))
-        shares.mul_(total / scores.shape[1] / all_sum(shares.sum(1, keepdim=True)).clamp_min_(tiny))
+        # 1 in place of N / K, which the next step divides out: over the tiny share of an anchor that nobody is near,
+        # N / K would overflow
+        shares.div_(all_sum(shares.sum(1, keepdim=True)).clamp_min_(tiny))
         of_all = torch.zeros_like(shares[0])
         for channel, (_, count, _) in zip(shares, channels, strict=True):
             of_all.add_(channel, alpha=count)

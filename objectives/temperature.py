@@ -27,7 +27,7 @@ class Temperature(nn.Module):
     def __init__(self, initial: float, *, learnable: bool, bounds: tuple[float, float]) -> None:
         super().__init__()
         low, high = bounds
-        if not 0 < low <= high:
+        if not 0 < low <= high < math.inf:
             raise InputError(f"temperature_range={list(bounds)} is no range of positive numbers; use e.g. [0.01, 1.0]")
         if not low <= initial <= high:
             raise InputError(

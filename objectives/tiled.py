@@ -57,6 +57,7 @@ def marginals(
     column_mask: Tensor | None = None,
     own: int | None = None,
     rows_only: bool = False,
+    symmetric_at: int | None = None,
     lse: bool = True,
     sums: bool = False,
     tile: int | None = None,
@@ -77,6 +78,8 @@ def marginals(
         column_mask: bool (N,); likewise.
         own: the column of row 0, row i having column `own + i`: leaves a sample out of its own marginals.
         rows_only: skip the column side and its collectives.
+        symmetric_at: the score is symmetric and rows i are columns `symmetric_at + i`, masks too: of that block half is
+            computed. With `rows_only` and log-sum-exps alone.
         lse: return log-sum-exps.
         sums: return plain sums.
         tile: largest number of rows and of columns in memory at a time; the result does not depend on it. By default
@@ -84,6 +87,7 @@ def marginals(
 
     float64 inputs are scored in float64, all others in full float32: no autocast, no TF32.
     """
+    assert symmetric_at is None or (rows_only and lse and not sums)
     row_mask, column_mask = _unless_all(row_mask), _unless_all(column_mask)
     plan = _Plan(
         score=score,
@@ -93,6 +97,7 @@ def marginals(
         column_mask=column_mask,
         own=own,
         rows_only=rows_only,
+        symmetric_at=symmetric_at,
         lse=lse,
         sums=sums,
         tile=tile or (4096 if rows[0].is_cuda else 512),
@@ -123,17 +128,28 @@ class _Plan:
     column_mask: Tensor | None
     own: int | None
     rows_only: bool
+    symmetric_at: int | None
     lse: bool
     sums: bool
     tile: int
-    # by tile, the maximum that served rows and columns; None where each side needed its own
-    maxima: list[Tensor | None] = field(default_factory=list)
+    # by tile (first row, first column), the maximum that served rows and columns; None where each side needed its own
+    maxima: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
-    def tiles(self) -> Iterator[tuple[slice, slice]]:
+    def tiles(self) -> Iterator[tuple[slice, slice, slice | None]]:
+        """Rows, columns, and where the tile's mirror image is left out, the rows that it would have."""
         n, total = self.shape
-        for row in range(0, n, self.tile):
-            for column in range(0, total, self.tile):
-                yield slice(row, min(row + self.tile, n)), slice(column, min(column + self.tile, total))
+        if self.symmetric_at is None:
+            yield from ((r, c, None) for r in self._cut(0, n) for c in self._cut(0, total))
+            return
+        start, stop = self.symmetric_at, self.symmetric_at + n
+        for r in self._cut(0, n):
+            yield from ((r, c, None) for c in [*self._cut(0, start), *self._cut(stop, total)])
+            for mirror in self._cut(r.start, n):
+                columns = slice(mirror.start + start, mirror.stop + start)
+                yield r, columns, mirror if mirror.start > r.start else None
+
+    def _cut(self, start: int, stop: int) -> list[slice]:
+        return [slice(i, min(i + self.tile, stop)) for i in range(start, stop, self.tile)]
 
     def window(self, index: int, r: slice, c: slice) -> slice:
         """The part of tensor `index` that the tile (r, c) sees."""
@@ -190,13 +206,18 @@ class _Marginals(torch.autograd.Function):
         needed = [index for index, need in enumerate(ctx.needs_input_grad[1:]) if need]
         gradients = [torch.zeros_like(x) if index in needed else None for index, x in enumerate(tensors)]
         with full_precision(tensors[0].device.type):
-            for number, (r, c) in enumerate(plan.tiles()):
+            for r, c, mirror in plan.tiles():
                 parts = [x[plan.window(index, r, c)].detach() for index, x in enumerate(tensors)]
                 leaves = [parts[index].requires_grad_() for index in needed]
                 with torch.enable_grad():
                     scores = plan.scores(parts)
-                lses = (row_lse, d_row_lse, column_lse, d_column_lse) if plan.lse else None
-                weights = lses and _lse_weights(plan, number, scores.detach(), (r, c), *lses)
+                weights = None
+                if plan.lse and plan.rows_only and mirror is None:
+                    weights = _softmax(scores.detach(), row_lse[r], d_row_lse[r])
+                elif plan.lse:
+                    columns = (row_lse[mirror], d_row_lse[mirror]) if mirror else (column_lse[c], d_column_lse[c])
+                    peak = plan.maxima[r.start, c.start]
+                    weights = _two_softmaxes(scores.detach(), peak, row_lse[r], d_row_lse[r], *columns)
                 if plan.sums:
                     plain = d_row_sum[r, None] if plan.rows_only else d_row_sum[r, None] + d_column_sum[None, c]
                     weights = plain.expand_as(scores).clone() if weights is None else weights.add_(plain)
@@ -206,26 +227,19 @@ class _Marginals(torch.autograd.Function):
         return None, *gradients
 
 
-def _lse_weights(
-    plan: _Plan,
-    number: int,
-    scores: Tensor,
-    tile: tuple[slice, slice],
-    row_lse: Tensor,
-    d_row_lse: Tensor,
-    column_lse: Tensor | None,
-    d_column_lse: Tensor | None,
+def _softmax(scores: Tensor, row_lse: Tensor, d_row_lse: Tensor) -> Tensor:
+    """d loss / d scores (t, u) through the rows' log-sum-exps: softmax times the gradient of the sum."""
+    return (scores - _finite(row_lse)[:, None]).exp_().mul_(d_row_lse[:, None])
+
+
+def _two_softmaxes(
+    scores: Tensor, peak: Tensor | None, row_lse: Tensor, d_row_lse: Tensor, column_lse: Tensor, d_column_lse: Tensor
 ) -> Tensor:
-    """d loss / d scores (t, u) of tile `number` through the log-sum-exps: softmaxes times the gradients of the sums."""
-    r, c = tile
-    row_lse, d_row_lse = _finite(row_lse[r]), d_row_lse[r]
-    if plan.rows_only:
-        return (scores - row_lse[:, None]).exp_().mul_(d_row_lse[:, None])
-    column_lse, d_column_lse = _finite(column_lse[c]), d_column_lse[c]
-    peak = plan.maxima[number]
+    """The same through those of rows and columns, with one exponential where a common maximum served both."""
+    row_lse, column_lse = _finite(row_lse), _finite(column_lse)
     if peak is None:
         by_column = (scores - column_lse).exp_().mul_(d_column_lse)
-        return (scores - row_lse[:, None]).exp_().mul_(d_row_lse[:, None]).add_(by_column)
+        return _softmax(scores, row_lse, d_row_lse).add_(by_column)
     of_row, of_column = (peak - row_lse).exp() * d_row_lse, (peak - column_lse).exp() * d_column_lse
     return (scores - peak).exp_().mul_(of_row[:, None] + of_column)
 
@@ -240,17 +254,18 @@ def _reduce(plan: _Plan, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ..
     like, (n, total) = tensors[0], plan.shape
     row_lse, column_lse = like.new_full((n,), -torch.inf), like.new_full((total,), -torch.inf)
     row_sum, column_sum = like.new_zeros(n), like.new_zeros(total)
-    for r, c in plan.tiles():
+    for r, c, mirror in plan.tiles():
         parts = [x[plan.window(index, r, c)] for index, x in enumerate(tensors)]
         scores = plan.scores(parts)
         if plan.sums:
             _add_sums(plan, scores, (r, c), row_sum, column_sum)
-        if plan.lse and plan.rows_only:
+        if plan.lse and plan.rows_only and mirror is None:
             row_lse[r] = torch.logaddexp(row_lse[r], _of_rows(plan.exclude(scores, r, c, -torch.inf)))
         elif plan.lse:
             by_row, by_column = _both_sides(plan, parts, scores, (r, c))
             row_lse[r] = torch.logaddexp(row_lse[r], by_row)
-            column_lse[c] = torch.logaddexp(column_lse[c], by_column)
+            side, place = (row_lse, mirror) if mirror else (column_lse, c)
+            side[place] = torch.logaddexp(side[place], by_column)
     if not plan.rows_only:
         column_lse = _merged(column_lse) if plan.lse else None  # all ranks
         column_sum = gather.all_sum(column_sum) if plan.sums else None  # all ranks
@@ -288,9 +303,9 @@ def _both_sides(plan: _Plan, parts: list[Tensor], scores: Tensor, tile: tuple[sl
     by_row, by_column = rows * (shares @ columns), columns * (rows @ shares)
     smallest = torch.cat([by_row.masked_fill(rows == 0, 1), by_column.masked_fill(columns == 0, 1)]).amin()
     if smallest > SMALLEST_SUM:
-        plan.maxima.append(peak)
+        plan.maxima[tile[0].start, tile[1].start] = peak
         return by_row.log() + peak, by_column.log() + peak
-    plan.maxima.append(None)
+    plan.maxima[tile[0].start, tile[1].start] = None
     scores = plan.exclude(plan.scores(parts), *tile, -torch.inf)
     return scores.logsumexp(1), scores.logsumexp(0)
 

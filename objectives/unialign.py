@@ -125,6 +125,7 @@ class UniAlign(Objective):
             column_mask=column_mask,
             own=z.start,
             rows_only=True,
+            symmetric_at=z.start,
             tile=self.tile,
         )
         neighbours = column_mask.sum() - 1

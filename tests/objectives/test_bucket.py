@@ -8,6 +8,7 @@ from trivium.datasets.registry import InputError
 from trivium.objectives import Embeddings, build
 
 BUCKET = torch.tensor([7, 2, 7, 9, 2, 7])
+EVERYONE = torch.ones(6, dtype=torch.bool)
 
 
 def vectors(names=("text", "video")):
@@ -15,32 +16,50 @@ def vectors(names=("text", "video")):
     return {name: F.normalize(torch.randn(6, 4, generator=generator, dtype=torch.float64), dim=-1) for name in names}
 
 
-def slow(t, v, bucket, lambda_neg=1.0, lambda_pos=1.0, alpha=2.0, by_negatives=False) -> float:
-    n = len(t)
+def slow(t, v, bucket, lambda_neg=1.0, lambda_pos=1.0, alpha=2.0, by_negatives=False, has_t=EVERYONE, has_v=EVERYONE):
+    texts, videos = [i for i in range(len(t)) if has_t[i]], [j for j in range(len(v)) if has_v[j]]
     negative = positive = 0.0
-    for i in range(n):
-        inside = [j for j in range(n) if bucket[j] == bucket[i]]
-        outside = [j for j in range(n) if bucket[j] != bucket[i]]
-        similarity = [(float(t[i] @ v[j]) + 1) / 2 for j in range(n)]
-        negative += sum(similarity[j] for j in outside) / (len(outside) if by_negatives else len(inside))
-        positive += sum((alpha if i == j else 1.0) * similarity[j] for j in inside) / len(inside)
-    return lambda_neg / n * negative + lambda_pos / n * (alpha - positive)
+    counted = 0
+    for i in texts:
+        inside = [j for j in videos if bucket[j] == bucket[i]]
+        outside = [j for j in videos if bucket[j] != bucket[i]]
+        similarity = {j: ((t[i] * v[j]).sum() + 1) / 2 for j in videos}
+        if inside:
+            counted += 1
+            negative += sum(similarity[j] for j in outside) / (len(outside) if by_negatives else len(inside))
+            positive += sum((alpha if i == j else 1.0) * similarity[j] for j in inside) / len(inside)
+    return lambda_neg / counted * negative - lambda_pos / counted * positive + lambda_pos * alpha / len(texts)
+
+
+def compare(expected_of, objective, names=("text", "video"), valid=None):
+    """Loss and gradients."""
+    ours, theirs = ({name: x.requires_grad_() for name, x in vectors(names).items()} for _ in range(2))
+    got, expected = objective(Embeddings(ours, valid, bucket=BUCKET)).total, expected_of(theirs)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    found, wanted = (torch.autograd.grad(a, list(b.values())) for a, b in ((got, ours), (expected, theirs)))
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("options", [{}, {"lambda_neg": 0.3, "lambda_pos": 2.0, "alpha": 5.0}])
 @pytest.mark.parametrize("normalise", ["bucket", "negatives"])
 def test_equals_the_printed_equation(options, normalise):
-    z = vectors()
-    loss = build("bucket", normalise=normalise, **options)(Embeddings(z, bucket=BUCKET)).total
-    expected = slow(z["text"], z["video"], BUCKET, by_negatives=normalise == "negatives", **options)
-    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    objective, by_negatives = build("bucket", normalise=normalise, **options), normalise == "negatives"
+    compare(lambda z: slow(z["text"], z["video"], BUCKET, by_negatives=by_negatives, **options), objective)
 
 
 def test_more_modalities_are_averaged():
-    z = vectors(("text", "video", "audio"))
-    loss = build("bucket", anchor="video")(Embeddings(z, bucket=BUCKET)).total
-    expected = (slow(z["video"], z["text"], BUCKET) + slow(z["video"], z["audio"], BUCKET)) / 2
-    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    def expected(z):
+        return (slow(z["video"], z["text"], BUCKET) + slow(z["video"], z["audio"], BUCKET)) / 2
+
+    compare(expected, build("bucket", anchor="video"), ("text", "video", "audio"))
+
+
+@pytest.mark.parametrize("normalise", ["bucket", "negatives"])
+def test_sums_and_sizes_take_the_samples_that_there_are(normalise):
+    """Bucket 9 has no video left, and a text of bucket 7 has lost its partner."""
+    valid = {"text": torch.arange(6) != 1, "video": (torch.arange(6) != 0) & (torch.arange(6) != 3)}
+    options = {"by_negatives": normalise == "negatives", "has_t": valid["text"], "has_v": valid["video"]}
+    compare(lambda z: slow(z["text"], z["video"], BUCKET, **options), build("bucket", normalise=normalise), valid=valid)
 
 
 def test_buckets_of_one_leave_one_positive_a_sample():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from trivium.datasets.registry import InputError
 from trivium.objectives import Embeddings, gather
 
 
@@ -41,6 +42,11 @@ def test_one_process_is_the_whole_batch():
     assert z.mean(values, torch.zeros(3, dtype=torch.bool)) == 0
 
 
+def test_a_batch_of_one_is_refused():
+    with pytest.raises(InputError, match="nothing to compare it with"):
+        Embeddings({"text": torch.ones(1, 2)})
+
+
 def every_collective(world: int) -> dict:
     """What each collective returns and the gradient of a loss that weighs it differently on each rank."""
     dist.init_process_group("gloo")
@@ -66,6 +72,7 @@ def every_collective(world: int) -> dict:
         "valid": z.columns_valid("a"),
         "ids": gather.gather_rows(torch.tensor([[rank]])),
         "share": share,
+        "one_row": Embeddings({"a": x.detach()[:1]}).rows,
     }
 
 
@@ -84,6 +91,7 @@ def test_collectives(ranks, world):
         assert answer["sum"] == total and answer["max"] == world
         assert answer["sum_gradient"] == sum(other + 2 for other in range(world))
         assert answer["rows"].tolist() == [2 * rank, 2 * rank + 1]
+        assert answer["one_row"].tolist() == [rank]
         assert answer["valid"].tolist() == [True, True] + [False, True] * (world - 1)
         assert answer["ids"].flatten().tolist() == list(range(world))
     values = [1.0] + [2.0 + 10 * rank for rank in range(world)]

@@ -62,7 +62,8 @@ def test_outside_only_a_gradient_that_leads_back_passes(value, pull, clamped, pa
 
 
 @pytest.mark.parametrize(
-    "initial, bounds", [(0.07, (0.1, 1.0)), (2.0, (0.01, 1.0)), (0.07, (0.0, 1.0)), (0.5, (1.0, 0.1))]
+    "initial, bounds",
+    [(0.07, (0.1, 1.0)), (2.0, (0.01, 1.0)), (0.07, (0.0, 1.0)), (0.5, (1.0, 0.1)), (0.07, (0.01, math.inf))],
 )
 def test_bad_bounds_are_refused(initial, bounds):
     with pytest.raises(InputError, match="temperature"):

@@ -217,6 +217,8 @@ def test_samples_are_pushed_apart():
     "options, message",
     [
         ({"tau": 0}, "tau=0"),
+        ({"tau": math.nan}, "tau=nan"),
+        ({"centroid_weights": {"text": math.nan}}, "centroid_weights.text=nan"),
         ({"tau_centroid": -1.0}, "tau_centroid"),
         ({"lambda_uni": -1.0}, "lambda_uni"),
         ({"lambda_uni": 0, "lambda_align": 0, "centroid": False, "volume": False}, "every term"),
