@@ -7,6 +7,9 @@ same batch, parameter groups and learning rate, in one process, so that without 
 (`loss difference`, relative, is 0) and the ratio is the price of all that the framework adds. With `train.chunk=N` ours
 caches embeddings and the peer does not.
 
+The second table is what the telemetry adds as often as the recipe wants it: geometry and volumes of the batch on every
+log line, conflicts of the loss's terms now and then, as a share of the step above.
+
     .venv/bin/python benchmarks/step.py
     .venv/bin/python benchmarks/step.py train.batch_size=32 objective=gram
 """
@@ -14,7 +17,9 @@ caches embeddings and the peer does not.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from paired import alternate, machine, parser, positive, table
@@ -24,12 +29,14 @@ from workload import add_options, configuration
 from trivium.datasets.batch import Batch
 from trivium.datasets.stream import Source, train_batches
 from trivium.objectives import Embeddings
+from trivium.objectives.geometry import term_conflicts
 from trivium.pretrain.build import build_module
 from trivium.pretrain.config import Config
 from trivium.pretrain.engine import Engine, build_accelerator
 from trivium.pretrain.loop import exchange
 from trivium.pretrain.optim import build_optimizer, freeze, set_learning_rate
 from trivium.pretrain.step import TrainModule, train_step
+from trivium.pretrain.telemetry import batch_geometry
 
 FIXED = ("train.schedule=constant", "train.warmup_steps=0", "log.wandb=false", "distributed.zero=0")
 
@@ -84,8 +91,35 @@ def built(config: Config) -> TrainModule:
     return module
 
 
-def compare(config: Config, repeats: int) -> dict[str, str]:
-    """The one row of the table."""
+def telemetry_share(config: Config, module: TrainModule, batch: Batch, step_ms: float) -> dict[str, str]:
+    """The row of the second table."""
+    z = module.model(batch.inputs)
+    leaves = {name: x.detach().requires_grad_() for name, x in z.items()}
+    terms = module.objective(Embeddings(leaves, batch.present, bucket=batch.bucket)).terms
+    geometry = _median_ms(lambda: batch_geometry(batch, z))
+    conflicts = _median_ms(lambda: term_conflicts(terms, list(leaves.values()))) if config.log.conflicts else 0.0
+    a_step = geometry / config.log.every + (conflicts / config.log.conflicts if config.log.conflicts else 0.0)
+    return {
+        "geometry ms": f"{geometry:.1f}",
+        "every": str(config.log.every),
+        "conflicts ms": f"{conflicts:.1f}",
+        "every (steps)": str(config.log.conflicts or "-"),
+        "share of a step": f"{100 * a_step / step_ms:.2f} %",
+    }
+
+
+def _median_ms(run: Callable[[], object], repeats: int = 9) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    return median(times)
+
+
+def compare(config: Config, repeats: int) -> tuple[dict[str, str], dict[str, str]]:
+    """The one row of the second table, and that of the first."""
     ours, peer = built(config), built(config)
     parameters = sum(parameter.numel() for parameter in ours.parameters())
     source = Source(config.data.train, ours.model.specs, fields=config.data.fields, decoder=config.data.decoder)
@@ -100,7 +134,8 @@ def compare(config: Config, repeats: int) -> dict[str, str]:
         bare_step(config, peer, batch, peer_losses), trivium_step(config, ours, batch, our_losses), repeats
     )
     difference = max(abs(a - b) / abs(b) for a, b in zip(our_losses, peer_losses, strict=True))
-    return {
+    share = telemetry_share(config, built(config), batch, float(times.our_ms()))
+    return share, {
         "objective": config.objective.name,
         "parameters": f"{parameters / 1e6:.2f} M",
         "batch": str(size),
@@ -120,9 +155,9 @@ def main() -> None:
     options.add_argument("--repeats", type=positive, default=25, help="timed steps of each side [25]")
     chosen = options.parse_intermixed_args()
     with configuration(chosen, 1, *FIXED) as config:
-        row = compare(config, chosen.repeats)
+        share, row = compare(config, chosen.repeats)
     print(f"recipe {config.name}, {config.train.precision}, one process; medians of {chosen.repeats} steps")
-    print(f"{machine()}\n\n{table([row])}")
+    print(f"{machine()}\n\n{table([row])}\n\n{table([share])}")
 
 
 if __name__ == "__main__":
