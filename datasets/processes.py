@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, a launcher's or a scheduler's: often sent to all processes
+
+PR_SET_PDEATHSIG = 1
 
 
 def leave_with_the_run(*_: object) -> None:
@@ -69,6 +73,12 @@ def serve_workers(preload: Sequence[str]) -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_the_parent(number: signal.Signals) -> None:
+    """Have the system send this process the signal when the one that started it ends, however that comes about."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def wait_without_spinning() -> None:

@@ -60,11 +60,11 @@ class Agreement:
 
 def main() -> None:
     """`python -m trivium.launch.gradients FOLDER`: one rank. A failure is told to the command in a file of its own."""
-    from ..datasets.processes import wait_without_spinning
+    from ..datasets.processes import end_with_the_parent, wait_without_spinning
 
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     try:
-        _end_with_the_command()
+        end_with_the_parent(signal.SIGKILL)
         wait_without_spinning()
         be_rank(folder)
     except BaseException as error:
@@ -75,14 +75,6 @@ def main() -> None:
         scratch.write_text(json.dumps(note))
         scratch.replace(folder / f"failed-{rank}.json")
         raise
-
-
-def _end_with_the_command() -> None:
-    """Have the system kill this rank when the command ends, however that comes about."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def be_rank(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..datasets.batch import Batch, Skip
+from ..datasets.processes import end_with_the_parent
 from ..datasets.registry import InputError
 from ..modalities.model import FEATURES
 from ..objectives import Loss
@@ -104,16 +104,13 @@ def check_corrupt(config: Config, state: RunState, samples: int) -> None:
         )
 
 
-PR_SET_PDEATHSIG = 1
-
-
 def end_with_the_launcher() -> None:
     """Let the end of the launcher count as SIGTERM: `kill` of `accelerate launch` would leave this process alone.
 
     Only below a launcher: a run started from a shell may outlive it.
     """
-    if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(os.environ) and os.uname().sysname == "Linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
+        end_with_the_parent(signal.SIGTERM)
 
 
 class Stopper:

@@ -291,8 +291,8 @@ def test_ranks_that_hang_are_ended(ending_as: Callable[..., list], tmp_path: Pat
 def test_a_rank_ends_with_the_command(tmp_path: Path) -> None:
     script = (
         "import subprocess, sys, time\n"
-        "rank = subprocess.Popen([sys.executable, '-c', 'import time; from trivium.launch import gradients; "
-        "gradients._end_with_the_command(); print(1, flush=True); time.sleep(60)'])\n"
+        "rank = subprocess.Popen([sys.executable, '-c', 'import signal, time; from trivium.datasets import processes; "
+        "processes.end_with_the_parent(signal.SIGKILL); print(1, flush=True); time.sleep(60)'])\n"
         "time.sleep(60)"
     )
     command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
